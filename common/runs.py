@@ -1,0 +1,258 @@
+"""Training that survives being killed, models saved with a card that says where they come from, and experiment tables."""
+
+import csv
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from common.cli import REPOSITORY, UserError
+from common.files import replacing, sha256, write_json
+
+PACKAGES = ("keras", "tensorflow", "jax", "numpy", "scikit-learn")
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """After every epoch writes weights, optimizer state, learning curves and seconds to a folder, and nothing half.
+
+    `keras.callbacks.BackupAndRestore` keeps neither the learning curves nor the pair of weights and epoch number
+    together when the process is killed between writing the one and the other. Here `state.json` names the weights it
+    belongs to and is renamed into place last, so that a kill at any moment costs at most the epoch under way.
+
+    Args:
+        folder: `pathlib.Path`, created when needed.
+        settings: dict that JSON can hold, what makes this training different from another one.
+    """
+
+    def __init__(self, folder, settings):
+        super().__init__()
+        self.folder, self.settings = Path(folder), settings
+        self.epoch, self.history, self.seconds = 0, {}, 0.0
+
+    def restore(self, model):
+        """Puts the last checkpoint, where there is one, into a compiled `model`; `self.epoch` says how far it got.
+
+        Raises:
+            UserError: where the checkpoint is damaged or belongs to a training with other settings.
+        """
+        path = self.folder / "state.json"
+        if not path.exists():
+            return
+        try:
+            state = json.loads(path.read_text())
+            if state["settings"] != self.settings:
+                changed = [k for k in self.settings if state["settings"].get(k) != self.settings[k]]
+                raise UserError(
+                    f"the checkpoint in {self.folder} was made with other settings ({', '.join(changed)}); "
+                    "use those again, or start over without --resume"
+                )
+            model.optimizer.build(model.trainable_variables)
+            model.load_weights(self.folder / state["weights"])
+            self.epoch, self.history, self.seconds = state["epoch"], state["history"], state["seconds"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"the checkpoint in {self.folder} is damaged; start over without --resume") from error
+
+    def on_train_begin(self, logs=None):
+        self.started = time.time() - self.seconds
+
+    def on_epoch_end(self, epoch, logs=None):
+        for name, value in (logs or {}).items():
+            self.history.setdefault(name, []).append(float(value))
+        self.epoch, self.seconds = epoch + 1, time.time() - self.started
+        weights = self.folder / f"epoch_{self.epoch:04d}.weights.h5"
+        with replacing(weights) as temporary:
+            self.model.save_weights(temporary)
+        state = {
+            "epoch": self.epoch,
+            "weights": weights.name,
+            "seconds": self.seconds,
+            "settings": self.settings,
+            "history": self.history,
+        }
+        write_json(self.folder / "state.json", state)
+        for old in self.folder.glob("epoch_*.weights.h5"):
+            if old != weights:
+                old.unlink()
+
+
+def fit(model, inputs, targets, *, epochs, batch_size, folder, settings, resume, **keywords):
+    """`model.fit` that can be killed at any moment and resumed.
+
+    Args:
+        model: compiled `keras.Model`.
+        inputs, targets, epochs, batch_size: as in `keras.Model.fit`; further `keywords` go there too.
+        folder: where the checkpoint lives. It stays after the end, so that a script that trains several models one
+            after the other skips the finished ones when it is resumed.
+        settings: dict that JSON can hold; a checkpoint with other settings is refused.
+        resume: bool. False deletes an older checkpoint first.
+
+    Returns:
+        The learning curves, a dict from metric name to a list with one float per epoch, and the seconds that all
+        epochs took together (float).
+
+    Raises:
+        UserError: where the checkpoint cannot be used or the training left the finite numbers.
+    """
+    folder = Path(folder)
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = Checkpoint(folder, {**settings, "epochs": epochs, "batch_size": batch_size})
+    checkpoint.restore(model)
+    if checkpoint.epoch:
+        print(f"resuming after epoch {checkpoint.epoch} of {epochs}")
+    callbacks = [keras.callbacks.TerminateOnNaN(), *keywords.pop("callbacks", []), checkpoint]
+    if checkpoint.epoch < epochs:
+        keywords |= {"initial_epoch": checkpoint.epoch, "epochs": epochs, "batch_size": batch_size}
+        model.fit(inputs, targets, callbacks=callbacks, **keywords)
+    if not np.isfinite(checkpoint.history["loss"][-1]) or checkpoint.epoch < epochs:
+        raise UserError("the loss is no longer a finite number; lower the learning rate or try another --seed")
+    return checkpoint.history, checkpoint.seconds
+
+
+def hardware():
+    """Returns the processors that the backend computes on, in words (str)."""
+    if keras.backend.backend() == "jax":
+        import jax  # which names the accelerator, where there is one
+
+        if jax.default_backend() != "cpu":
+            return jax.devices()[0].device_kind
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def fast_precision():
+    """Returns the Keras dtype policy that trains fastest here: "mixed_bfloat16" or "float32".
+
+    bfloat16 arithmetic, with weights kept in float32, doubles the speed of convolutions on GPUs and on CPUs with matrix
+    units for it (AMX), and slows every other CPU down.
+    """
+    if keras.distribution.list_devices("gpu"):
+        return "mixed_bfloat16"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "mixed_bfloat16" if keras.backend.backend() == "tensorflow" and "amx_bf16" in flags else "float32"
+
+
+def environment():
+    """Returns a dict with git commit, date, backend, package versions and hardware, for a card."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    installed = {package.metadata["Name"].lower() for package in metadata.distributions()}
+    return {
+        "git_commit": git.stdout.strip() or "not a git checkout",
+        "date": datetime.date.today().isoformat(),
+        "backend": keras.backend.backend(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES if name in installed},
+        },
+        "hardware": hardware(),
+    }
+
+
+def parameter_counts(model):
+    """Returns {"trainable": int, "total": int} for a Keras model."""
+    return {"trainable": sum(int(np.prod(v.shape)) for v in model.trainable_variables), "total": model.count_params()}
+
+
+def save_model(model, path, card):
+    """Writes `model` to `path` (`<name>.keras`, without optimizer state) and its card beside it (`<name>.json`).
+
+    Args:
+        model: uncompiled `keras.Model` of built-in layers.
+        path: `pathlib.Path` that ends in ".keras".
+        card: dict that JSON can hold. "parameters" and "weights_sha256" are added.
+    """
+    with replacing(path) as temporary:
+        model.save(temporary)
+    card = {**card, "parameters": parameter_counts(model), "weights_sha256": sha256(path)}
+    write_json(path.with_suffix(".json"), card)
+
+
+def load_model(path):
+    """Restores a model that `save_model` wrote.
+
+    Args:
+        path: `pathlib.Path` that ends in ".keras".
+
+    Returns:
+        The uncompiled `keras.Model` and its card (dict).
+
+    Raises:
+        UserError: where weights or card are missing, damaged, or do not belong together.
+    """
+    again = "get it again from the repository, or make it with --train"
+    for file in (path, path.with_suffix(".json")):
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {again}")
+    try:
+        card = json.loads(path.with_suffix(".json").read_text())
+        expected = card["weights_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path.with_suffix('.json')} is not the card of a model; {again}") from error
+    if sha256(path) != expected:
+        raise UserError(f"{path} is damaged (its checksum differs from the one on its card); {again}")
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True), card
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(f"Keras {keras.__version__} cannot open {path} ({reason}); see requirements.txt") from error
+
+
+def saved_models_folder(output_dir, script):
+    """The folder `--load` reads: `saved_models/<script>` under `output_dir`, or the repository's where that has none."""
+    folder = Path(output_dir) / "saved_models" / script
+    return folder if folder.is_dir() else REPOSITORY / "saved_models" / script
+
+
+def print_metrics(measured, recorded=None):
+    """Prints a table of metrics, beside the recorded ones where there are any.
+
+    Args:
+        measured: dict from metric name to number.
+        recorded: dict from metric name to number, or None. Values that differ in the printed digits are marked.
+    """
+    width = max(len(name) for name in measured)
+    heading = f"{'metric':{width}}  measured"
+    print(heading + ("  recorded" if recorded else ""))
+    for name, value in measured.items():
+        line = f"{name:{width}}  {value:8.4f}"
+        if recorded and name in recorded:
+            line += f"  {recorded[name]:8.4f}" + ("" if f"{value:.4f}" == f"{recorded[name]:.4f}" else "  differs")
+        print(line)
+
+
+def read_rows(path):
+    """Returns the rows of an experiment table as a list of dicts of str; empty where there is no table yet.
+
+    Raises:
+        UserError: where the table is damaged.
+    """
+    if not Path(path).exists():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}); move it away to start the experiments over") from error
+    if any(None in row or None in row.values() for row in rows):
+        raise UserError(f"{path} has rows of different lengths; move it away to start the experiments over")
+    return rows
+
+
+def append_row(path, row):
+    """Adds `row` (dict) to the table at `path`; the file is replaced as a whole, so that it never holds half a row."""
+    rows = [*read_rows(path), row]
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

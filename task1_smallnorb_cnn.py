@@ -1,0 +1,666 @@
+"""smallNORB: what is the toy, and from how high does the camera see it?
+
+One convolutional network looks at both camera views of a toy and answers two questions at once: its category (five
+classes) and the elevation of the camera (regression, in degrees). Two networks with one question each are trained for
+comparison. The dataset is LeCun, Huang & Bottou, "Learning methods for generic object recognition with invariance to
+pose and lighting" (CVPR 2004).
+
+    python task1_smallnorb_cnn.py --train          three joint networks, then one per question
+    python task1_smallnorb_cnn.py --load           restores the saved ones: same metrics, same figures, in a minute
+    python task1_smallnorb_cnn.py --experiments    the comparison behind the choices, on held-out toys
+
+Two things make this dataset treacherous. Each training toy is photographed 972 times, so a random validation split
+shows the network toys it knows; here validation toys are never trained on, and the official test toys are read once.
+And the grey of the background alone gives the elevation away, because the lamps were not re-adjusted between
+elevations; `repaint_background` measures how much a network relies on that.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from typing import NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before Keras starts TensorFlow, which is talkative
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+from keras import layers, ops
+from sklearn.metrics import accuracy_score, confusion_matrix, mean_absolute_error
+
+from common import cli, figures, runs
+from common.datasets import SMALLNORB_ELEVATION_DEGREES, load_smallnorb
+from common.files import write_json
+
+SCRIPT = "task1_smallnorb_cnn"
+MODELS = ["joint", "category", "elevation"]
+TRAINING_TOYS = (4, 6, 7, 8, 9)
+CATEGORIES = ("animal", "human", "airplane", "truck", "car")
+COMMON_BACKGROUND = 200  # grey level near the mean over the training pictures
+MATTE_WIDTH = 12  # grey levels: how far from the background level a pixel still counts as background
+NUM_SEEDS = 3
+PREDICT_BATCH_SIZE = 256
+STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python, which cost a tenth of the time otherwise
+QUICK_PICTURES = 320
+
+AUGMENTATIONS = ("shift", "scale", "rotation", "flip", "brightness", "background", "cutout")
+MAX_SHIFT = 0.07  # of the picture's side
+MAX_LOG_SCALE = 0.15  # between exp(-0.15) = 0.86 and exp(0.15) = 1.16 times as large
+MAX_ROTATION = 8.0  # degrees about the viewing axis, which leave the elevation as it is
+MAX_LOG_CONTRAST = 0.4
+MAX_BRIGHTNESS = 40.0  # grey levels
+BACKGROUND_LEVELS = (90.0, 255.0)
+CUTOUT_SIDE = 0.25  # of the picture's side
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that an experiment varies; the defaults are the baseline of the experiments.
+
+    Attributes:
+        outputs: tuple out of "category" and "elevation".
+        views: 2 for both cameras, 1 for the left one alone.
+        image_size: side of the pictures in pixels.
+        standardize: whether each stereo pair is brought to mean 0 and standard deviation 1 inside the network.
+        augmentations: tuple out of `AUGMENTATIONS`.
+        architecture: "plain", "residual" or "separable".
+        width: filters of the first stage of convolutions.
+        local_contrast: sides, in pixels, of the surroundings that are subtracted from the grey to make extra channels.
+        dropout: rate before the output layers.
+        label_smoothing: for the categories.
+        elevation_loss: "mae", "mse", "huber" or "expectation" (cross-entropy on nine classes, then their mean).
+        optimizer: "adamw", "adam", "nadam" or "sgd" (momentum 0.9, Nesterov).
+        learning_rate: highest learning rate.
+        weight_decay: decoupled, for "adamw" alone.
+        schedule: "cosine" (with warm-up), "constant" or "plateau".
+        batch_size: stereo pairs per step.
+        epochs: passes over the training pictures.
+    """
+
+    outputs: tuple = ("category", "elevation")
+    views: int = 2
+    image_size: int = 48
+    standardize: bool = True
+    augmentations: tuple = AUGMENTATIONS
+    architecture: str = "plain"
+    width: int = 32
+    local_contrast: tuple = ()
+    dropout: float = 0.2
+    label_smoothing: float = 0.05
+    elevation_loss: str = "mae"
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-2
+    schedule: str = "cosine"
+    batch_size: int = 64
+    epochs: int = 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class Pictures(NamedTuple):
+    """Stereo pairs at the size the network sees, with their labels.
+
+    Attributes:
+        images: uint8 (n, size, size, 2), 0 to 255, left view first.
+        category: int64 (n,), 0 to 4, index into `CATEGORIES`.
+        elevation: float32 (n,), 30 to 70 degrees.
+        instance: int64 (n,), which toy of its category.
+    """
+
+    images: np.ndarray
+    category: np.ndarray
+    elevation: np.ndarray
+    instance: np.ndarray
+
+    def take(self, indices):
+        """Returns the pictures at `indices` (integers, a slice or a mask)."""
+        return Pictures(*(array[indices] for array in self))
+
+
+def area_average(images, size):
+    """Shrinks square pictures: each new pixel is the mean of the area it covers, also where that cuts pixels.
+
+    Args:
+        images: uint8 (n, side, side, channels).
+        size: int, at most side.
+
+    Returns:
+        uint8 (n, size, size, channels), rounded.
+    """
+    side = images.shape[1]
+    if size == side:
+        return np.asarray(images)
+    edges = np.arange(size + 1) * side / size
+    pixels = np.arange(side)
+    # overlap[i, j]: how much of the old pixel j lies within the new pixel i
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    weights = (np.clip(overlap, 0, None) * size / side).astype("float32")
+    small = np.empty((len(images), size, size, images.shape[3]), "uint8")
+    for start in range(0, len(images), 1000):  # so that the float copies stay small
+        rows = np.tensordot(images[start : start + 1000].astype("float32"), weights, (1, 1))  # (n, column, channel, row)
+        small[start : start + 1000] = np.rint(np.tensordot(rows, weights, (1, 1)).transpose(0, 2, 3, 1))
+    return small
+
+
+def prepare(examples, image_size, quick):
+    """Turns one split of smallNORB into `Pictures`.
+
+    Args:
+        examples: `common.datasets.StereoImages`.
+        image_size: int, side in pixels.
+        quick: bool, whether to take only `QUICK_PICTURES` of them, evenly spread.
+    """
+    step = len(examples.images) // QUICK_PICTURES if quick else 1
+    return Pictures(
+        area_average(examples.images[::step], image_size),
+        examples.category[::step],
+        SMALLNORB_ELEVATION_DEGREES[examples.elevation[::step]].astype("float32"),
+        examples.instance[::step],
+    )
+
+
+def hold_out_toy(pictures, toy):
+    """Splits pictures into those of the other toys and those of instance number `toy` of each category.
+
+    The 972 pictures of a toy are near-copies of each other. Whole toys have to stay out of the training for the
+    validation to say anything about toys that were never seen, as the test toys are.
+    """
+    held_out = pictures.instance == toy
+    return pictures.take(~held_out), pictures.take(held_out)
+
+
+def background_level(images):
+    """Returns the grey of the background, the median over the border two pixels wide: float32 (n, 1, 1, 2)."""
+    frame = np.ones(images.shape[1:3], bool)
+    frame[2:-2, 2:-2] = False
+    return np.median(images[:, frame], axis=1).astype("float32")[:, None, None, :]
+
+
+def shift_background(images, level=COMMON_BACKGROUND):
+    """Brightens or darkens each picture as a whole so that its background gets the grey `level`. uint8 in and out."""
+    shifted = images + (level - background_level(images))
+    return np.clip(np.rint(shifted), 0, 255).astype("uint8")
+
+
+def repaint_background(images, level=COMMON_BACKGROUND):
+    """Gives the background the grey `level` and leaves the toy as it is. uint8 in and out.
+
+    A pixel counts as background by how close it is to the background level, with a soft edge, so that shadows fade
+    into the new background as they did into the old one. Harder than `shift_background`: toy and background no longer
+    differ by as much as they did, so that the contrast between them gives nothing away either.
+    """
+    old = background_level(images)
+    matte = np.exp(-np.square((images - old) / MATTE_WIDTH))
+    return np.clip(np.rint(images + matte * (level - old)), 0, 255).astype("uint8")
+
+
+class StereoAugmentation(layers.Layer):
+    """Random changes of stereo pairs that leave category and elevation true. Does nothing outside training.
+
+    Both views of a pair are changed alike, so that the disparity between them, which tells depth, stays. Shift, scale
+    and rotation are one resampling. That is the costliest part, so each step resamples the first half of the batch and
+    repaints the background of the middle half; the order of the pictures is random, so every picture meets every
+    combination over the epochs.
+
+    Args:
+        augmentations: tuple out of `AUGMENTATIONS`.
+        seed: int.
+
+    Call arguments:
+        images: (n, size, size, 2), 0 to 255.
+        training: bool.
+
+    Returns:
+        float32 (n, size, size, 2), 0 to 255.
+    """
+
+    def __init__(self, augmentations, seed, **keywords):
+        super().__init__(**keywords)
+        self.augmentations = set(augmentations)
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, images, training=False):
+        if not training:
+            return ops.cast(images, "float32")
+        if "flip" in self.augmentations:
+            images = self._flip(images)
+        images = ops.cast(images, "float32")
+        count = ops.shape(images)[0]
+        if {"shift", "scale", "rotation"} & self.augmentations:
+            images = ops.concatenate([self._move(images[: count // 2]), images[count // 2 :]])
+        if "background" in self.augmentations:
+            first, last = count // 4, count - count // 4
+            images = ops.concatenate([images[:first], self._repaint(images[first:last]), images[last:]])
+        if "brightness" in self.augmentations:
+            images = self._relight(images)
+        if "cutout" in self.augmentations:
+            images = self._cut_out(images)
+        return images
+
+    def _uniform(self, images, low, high):
+        """One random number a picture: (n, 1, 1, 1)."""
+        return keras.random.uniform((ops.shape(images)[0], 1, 1, 1), low, high, seed=self.seed_generator)
+
+    def _flip(self, images):
+        """Mirrors half of the pairs. The mirror image of a scene swaps the cameras, so the views are swapped, too."""
+        _, height, width, views = images.shape
+        # With the views of a pixel side by side, the reversed row is the mirrored row with the views swapped.
+        rows = ops.reshape(images, (-1, height, width * views))
+        mirrored = self._uniform(images, 0.0, 1.0)[..., 0] < 0.5
+        return ops.reshape(ops.where(mirrored, ops.flip(rows, axis=2), rows), (-1, height, width, views))
+
+    def _amount(self, name, images, limit):
+        """Random numbers (n,) within plus and minus `limit`, or zeros where the augmentation `name` is not wanted."""
+        if name in self.augmentations:
+            return ops.reshape(self._uniform(images, -limit, limit), (-1,))
+        return ops.zeros((ops.shape(images)[0],))
+
+    def _move(self, images):
+        size = images.shape[1]
+        center = (size - 1) / 2
+        scale = ops.exp(self._amount("scale", images, MAX_LOG_SCALE))
+        angle = self._amount("rotation", images, math.radians(MAX_ROTATION))
+        # Where each new pixel comes from: x' = a x - b y + c, y' = b x + a y + d, turned about the picture's centre.
+        a, b = ops.cos(angle) / scale, ops.sin(angle) / scale
+        c = center - (a - b) * center + self._amount("shift", images, MAX_SHIFT * size)
+        d = center - (b + a) * center + self._amount("shift", images, MAX_SHIFT * size)
+        transforms = ops.stack([a, -b, c, b, a, d, 0 * a, 0 * a], axis=1)
+        return ops.image.affine_transform(images, transforms, interpolation="bilinear", fill_mode="nearest")
+
+    def _level(self, images):
+        """The background level, estimated from every second pixel of the top and bottom rows: (n, 1, 1, 2)."""
+        border = ops.concatenate([images[:, 0, ::2], images[:, -1, ::2]], axis=1)
+        return ops.median(border, axis=1)[:, None, None, :]
+
+    def _repaint(self, images):
+        """`repaint_background` with a random level for each picture."""
+        level = self._level(images)
+        change = self._uniform(images, *BACKGROUND_LEVELS) - level
+        return images + ops.exp(-ops.square((images - level) * (1 / MATTE_WIDTH))) * change
+
+    def _relight(self, images):
+        """Random contrast and brightness of whole pictures, clipped as a camera clips."""
+        contrast = ops.exp(self._uniform(images, -MAX_LOG_CONTRAST, MAX_LOG_CONTRAST))
+        brightness = self._uniform(images, -MAX_BRIGHTNESS, MAX_BRIGHTNESS)
+        mean = ops.mean(images, axis=(1, 2, 3), keepdims=True)
+        return ops.clip((images - mean) * contrast + mean + brightness, 0.0, 255.0)
+
+    def _cut_out(self, images):
+        """Hides a random square behind the background level (DeVries & Taylor 2017), the same one in both views."""
+        size = images.shape[1]
+        side = CUTOUT_SIDE * size
+        pixels = ops.arange(size, dtype="float32")
+        rows = ops.reshape(pixels, (1, -1, 1, 1)) - self._uniform(images, 0.0, size - side)
+        columns = ops.reshape(pixels, (1, 1, -1, 1)) - self._uniform(images, 0.0, size - side)
+        inside = ops.logical_and(
+            ops.logical_and(rows >= 0, rows < side), ops.logical_and(columns >= 0, columns < side)
+        )
+        return ops.where(inside, self._level(images), images)
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def convolution(filters, kernel_size=3, **keywords):
+    return layers.Conv2D(filters, kernel_size, padding="same", kernel_initializer="he_normal", **keywords)
+
+
+def build_plain(features, width):
+    """Three stages of two convolutions and a pooling (VGG style; Simonyan & Zisserman 2015).
+
+    Normalisation comes once a stage, after the pooling, where it costs a quarter; on a CPU it is otherwise as
+    expensive as the convolutions.
+
+    Args:
+        features: symbolic tensor (n, size, size, channels).
+        width: int, filters of the first stage; the later ones have twice and four times as many.
+
+    Returns:
+        Symbolic tensor (n, size / 8, size / 8, 4 width).
+    """
+    for filters in (width, 2 * width, 4 * width):
+        features = convolution(filters, activation="relu")(features)
+        features = convolution(filters, use_bias=False)(features)
+        features = layers.MaxPooling2D(2)(features)
+        features = layers.BatchNormalization()(features)
+        features = layers.ReLU()(features)
+    return features
+
+
+def build_residual(features, width):
+    """Three residual blocks, each followed by a pooling (He et al. 2016). Arguments and result as `build_plain`."""
+    for filters in (width, 2 * width, 4 * width):
+        shortcut = convolution(filters, 1, use_bias=False)(features)
+        features = convolution(filters, use_bias=False)(features)
+        features = layers.BatchNormalization()(features)
+        features = layers.ReLU()(features)
+        features = convolution(filters, use_bias=False)(features)
+        features = layers.BatchNormalization()(features)
+        features = layers.Add()([features, shortcut])
+        features = layers.ReLU()(features)
+        features = layers.MaxPooling2D(2)(features)
+    return features
+
+
+def build_separable(features, width):
+    """`build_plain` with depthwise-separable convolutions (Chollet 2017): a ninth of the multiplications."""
+    for filters in (width, 2 * width, 4 * width):
+        features = layers.SeparableConv2D(filters, 3, padding="same", activation="relu")(features)
+        features = layers.SeparableConv2D(filters, 3, padding="same", use_bias=False)(features)
+        features = layers.MaxPooling2D(2)(features)
+        features = layers.BatchNormalization()(features)
+        features = layers.ReLU()(features)
+    return features
+
+
+ARCHITECTURES = {"plain": build_plain, "residual": build_residual, "separable": build_separable}
+
+
+def build_network(recipe):
+    """Builds the network a recipe describes, out of built-in layers alone.
+
+    Args:
+        recipe: `Recipe`.
+
+    Returns:
+        Functional `keras.Model` from pictures (n, size, size, 2) in the uint8 range to a dict with the
+        wanted outputs: `category` (n, 5) probabilities and `elevation` (n, 1) degrees.
+    """
+    images = keras.Input((recipe.image_size, recipe.image_size, 2), name="images")
+    features = images if recipe.views == 2 else images[..., :1]
+    features = layers.Rescaling(1 / 255)(features)
+    if recipe.standardize:  # each stereo pair by its own mean and deviation: no exposure is left to learn from
+        features = layers.LayerNormalization(axis=(1, 2, 3), center=False, scale=False)(features)
+    if recipe.local_contrast:
+        # What differs from its surroundings, at several distances, beside the grey itself (Ciresan et al. 2011).
+        surroundings = [layers.AveragePooling2D(side, 1, padding="same")(features) for side in recipe.local_contrast]
+        features = layers.Concatenate()([features, *(layers.Subtract()([features, mean]) for mean in surroundings)])
+    features = convolution(recipe.width, 5, strides=2, activation="relu")(features)
+    features = ARCHITECTURES[recipe.architecture](features, recipe.width)
+    features = layers.GlobalAveragePooling2D(name="features")(features)
+    features = layers.Dropout(recipe.dropout)(features)
+    outputs = {}
+    if "category" in recipe.outputs:
+        outputs["category"] = layers.Dense(len(CATEGORIES), activation="softmax", dtype="float32", name="category")(features)
+    if "elevation" in recipe.outputs and recipe.elevation_loss == "expectation":
+        degrees = SMALLNORB_ELEVATION_DEGREES.astype("float32")
+        probabilities = layers.Dense(len(degrees), activation="softmax", dtype="float32", name="elevation_probabilities")(features)
+        expectation = layers.Dense(1, use_bias=False, trainable=False, dtype="float32", name="elevation")
+        outputs["elevation"] = expectation(probabilities)
+        expectation.set_weights([degrees[:, None]])
+    elif "elevation" in recipe.outputs:
+        # Mean and deviation of the nine elevations, so that the layer before has numbers near 0 and 1 to predict.
+        mean, deviation = SMALLNORB_ELEVATION_DEGREES.mean(), SMALLNORB_ELEVATION_DEGREES.std()
+        degrees = layers.Rescaling(deviation, mean, dtype="float32", name="elevation")
+        outputs["elevation"] = degrees(layers.Dense(1, dtype="float32")(features))
+    return keras.Model(images, outputs, name="_and_".join(recipe.outputs))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def compile_for_training(network, recipe, steps, seed):
+    """Wraps `network` into a model that augments its pictures, and compiles it.
+
+    Args:
+        network: what `build_network` returned for the same `recipe`; the two share their weights.
+        recipe: `Recipe`.
+        steps: int, optimisation steps of the whole training, which the cosine schedule needs.
+        seed: int, of the augmentation.
+
+    Returns:
+        Compiled `keras.Model`; `training_targets` makes its targets.
+    """
+    images = keras.Input(network.input_shape[1:], dtype="uint8")
+    heads = dict(network.output)
+    if "elevation" in recipe.outputs and recipe.elevation_loss == "expectation":
+        # The cross-entropy is taken on the probabilities; their mean, the elevation, has nothing to learn.
+        del heads["elevation"]
+        heads["elevation_probabilities"] = network.get_layer("elevation_probabilities").output
+    augmented = StereoAugmentation(recipe.augmentations, seed)(images)
+    model = keras.Model(images, keras.Model(network.input, heads)(augmented))
+
+    deviation = float(SMALLNORB_ELEVATION_DEGREES.std())
+    losses = {
+        "category": keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
+        "elevation": {
+            "mae": keras.losses.MeanAbsoluteError(),
+            "mse": keras.losses.MeanSquaredError(),
+            "huber": keras.losses.Huber(delta=5.0),
+        }.get(recipe.elevation_loss),
+        "elevation_probabilities": keras.losses.CategoricalCrossentropy(),
+    }
+    # Brings the elevation losses, in degrees or their squares, to the size of the cross-entropy.
+    scale = {"mae": deviation, "mse": deviation**2, "huber": 5 * deviation, "expectation": 1}[recipe.elevation_loss]
+    weights = {"category": 1.0, "elevation": 1 / scale, "elevation_probabilities": 1.0}
+    metrics = {"category": "accuracy", "elevation": "mae", "elevation_probabilities": "accuracy"}
+
+    learning_rate = recipe.learning_rate
+    if recipe.schedule == "cosine":
+        warmup_steps = max(steps // 20, 1)
+        learning_rate = keras.optimizers.schedules.CosineDecay(
+            0.0, max(steps - warmup_steps, 1), warmup_target=recipe.learning_rate, warmup_steps=warmup_steps
+        )
+    optimizer = {
+        "adam": lambda: keras.optimizers.Adam(learning_rate),
+        "adamw": lambda: keras.optimizers.AdamW(learning_rate, weight_decay=recipe.weight_decay),
+        "nadam": lambda: keras.optimizers.Nadam(learning_rate),
+        "sgd": lambda: keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True),
+    }[recipe.optimizer]()
+    model.compile(
+        optimizer,
+        loss={head: losses[head] for head in heads},
+        loss_weights={head: weights[head] for head in heads},
+        metrics={head: metrics[head] for head in heads},
+        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow; JAX always compiles.
+        jit_compile="auto" if keras.backend.backend() == "jax" else False,
+        steps_per_execution=min(STEPS_PER_EXECUTION, steps),
+    )
+    return model
+
+
+def training_targets(pictures, model):
+    """Returns the dict of targets for `pictures` that fits the outputs of a model of `compile_for_training`."""
+    targets = {
+        "category": np.eye(len(CATEGORIES), dtype="float32")[pictures.category],
+        "elevation": pictures.elevation[:, None],
+        "elevation_probabilities": (pictures.elevation[:, None] == SMALLNORB_ELEVATION_DEGREES).astype("float32"),
+    }
+    return {head: targets[head] for head in model.output}
+
+
+def train_network(recipe, pictures, seed, *, folder, resume, held_out=None):
+    """Trains one network from scratch, or goes on from its checkpoint.
+
+    Args:
+        recipe: `Recipe`.
+        pictures: `Pictures` to train on.
+        seed: int, of weights, order and augmentation.
+        folder: where the checkpoints live.
+        resume: bool, whether to go on from the last of them.
+        held_out: `Pictures` of toys that are not trained on, for the learning curves, or None.
+
+    Returns:
+        The trained network in float32 (`keras.Model`), its learning curves (dict of lists), and seconds (float).
+    """
+    keras.utils.set_random_seed(seed)
+    steps_per_epoch = math.ceil(len(pictures.images) / recipe.batch_size)
+    precision = runs.fast_precision()
+    keras.config.set_dtype_policy(precision)
+    try:
+        network = build_network(recipe)
+        model = compile_for_training(network, recipe, steps_per_epoch * recipe.epochs, seed)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    callbacks = []
+    if recipe.schedule == "plateau":
+        callbacks.append(keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.3, patience=0))
+    curves, seconds = runs.fit(
+        model,
+        pictures.images,
+        training_targets(pictures, model),
+        validation_data=held_out and (held_out.images, training_targets(held_out, model)),
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        folder=folder,
+        settings={"recipe": json.loads(json.dumps(dataclasses.asdict(recipe))), "seed": seed, "precision": precision},
+        resume=resume,
+        callbacks=callbacks,
+    )
+    full_precision = build_network(recipe)
+    full_precision.set_weights(network.get_weights())
+    return full_precision, curves, seconds
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def predict(network, images):
+    """Returns a dict of float32 arrays: `category` (n, 5) probabilities and `elevation` (n,) degrees, or one of them."""
+    predictions = network.predict(images, batch_size=PREDICT_BATCH_SIZE, verbose=0)
+    return {name: values[:, 0] if name == "elevation" else values for name, values in predictions.items()}
+
+
+def evaluate(network, pictures):
+    """Measures a network on pictures as they are and with their backgrounds replaced.
+
+    Args:
+        network: what `build_network` or `runs.load_model` returned.
+        pictures: `Pictures`.
+
+    Returns:
+        Metrics (dict of float) and the predictions on the pictures as they are (see `predict`).
+    """
+    predictions = predict(network, pictures.images)
+    metrics = {}
+    if "category" in predictions:
+        metrics["category_accuracy"] = accuracy_score(pictures.category, predictions["category"].argmax(1))
+    if "elevation" in predictions:
+        metrics["elevation_mae_degrees"] = mean_absolute_error(pictures.elevation, predictions["elevation"])
+        for name, replace in (("shifted", shift_background), ("repainted", repaint_background)):
+            elevation = predict(network, replace(pictures.images))["elevation"]
+            metrics[f"elevation_mae_degrees_background_{name}"] = mean_absolute_error(pictures.elevation, elevation)
+        metrics["elevation_mae_degrees_background_replaced"] = max(
+            metrics["elevation_mae_degrees_background_shifted"], metrics["elevation_mae_degrees_background_repainted"]
+        )
+    return {name: float(value) for name, value in metrics.items()}, predictions
+
+
+# --------------------------------------------------------------------------------------------------------- experiments
+
+BASELINE = Recipe()
+EXPERIMENT_TOYS = (4, 7)  # held out in turn
+EXPERIMENTS = {
+    "baseline": [("baseline", BASELINE)],
+    "views": [("left view only", dataclasses.replace(BASELINE, views=1))],
+    "picture size": [("64 x 64", dataclasses.replace(BASELINE, image_size=64))],
+    "input": [
+        ("not standardised", dataclasses.replace(BASELINE, standardize=False)),
+        ("local contrast channels", dataclasses.replace(BASELINE, local_contrast=(5, 13))),
+    ],
+    "augmentation": [
+        ("none", dataclasses.replace(BASELINE, augmentations=())),
+        *((f"{name} alone", dataclasses.replace(BASELINE, augmentations=(name,))) for name in AUGMENTATIONS),
+    ],
+    "architecture": [
+        ("residual", dataclasses.replace(BASELINE, architecture="residual")),
+        ("separable", dataclasses.replace(BASELINE, architecture="separable")),
+    ],
+    "width": [
+        ("width 16", dataclasses.replace(BASELINE, width=16)),
+        ("width 48", dataclasses.replace(BASELINE, width=48)),
+    ],
+    "heads": [
+        ("category only", dataclasses.replace(BASELINE, outputs=("category",))),
+        ("elevation only", dataclasses.replace(BASELINE, outputs=("elevation",))),
+    ],
+    "elevation loss": [
+        ("mean squared error", dataclasses.replace(BASELINE, elevation_loss="mse")),
+        ("Huber", dataclasses.replace(BASELINE, elevation_loss="huber")),
+        ("expectation of 9 classes", dataclasses.replace(BASELINE, elevation_loss="expectation")),
+    ],
+    "optimizer": [
+        ("Adam", dataclasses.replace(BASELINE, optimizer="adam")),
+        ("Nadam", dataclasses.replace(BASELINE, optimizer="nadam")),
+        ("SGD, momentum", dataclasses.replace(BASELINE, optimizer="sgd", learning_rate=0.05)),
+    ],
+    "learning rate": [
+        ("constant", dataclasses.replace(BASELINE, schedule="constant")),
+        ("plateau", dataclasses.replace(BASELINE, schedule="plateau")),
+    ],
+    "regularisation": [
+        ("no weight decay", dataclasses.replace(BASELINE, weight_decay=0.0)),
+        ("weight decay 0.1", dataclasses.replace(BASELINE, weight_decay=0.1)),
+        ("no dropout", dataclasses.replace(BASELINE, dropout=0.0)),
+        ("dropout 0.5", dataclasses.replace(BASELINE, dropout=0.5)),
+        ("no label smoothing", dataclasses.replace(BASELINE, label_smoothing=0.0)),
+    ],
+}
+
+
+def run_experiments(arguments, examples):
+    """Trains every recipe of `EXPERIMENTS` on the folds of `EXPERIMENT_TOYS`; adds one row a run to the CSV table.
+
+    Args:
+        arguments: from `cli.parse`.
+        examples: `common.datasets.StereoImages`, the official training set. The test set is not looked at.
+    """
+    table = arguments.output_dir / "report" / "results" / f"{SCRIPT}_experiments.csv"
+    # All folds of one factor after the other, so that an interrupted comparison is still a fair one.
+    planned = [
+        (factor, name, recipe, toy)
+        for factor, recipes in EXPERIMENTS.items()
+        for name, recipe in recipes
+        for toy in EXPERIMENT_TOYS
+    ]
+    finished = {(row["factor"], row["name"], int(row["held_out_toy"]), int(row["seed"])) for row in runs.read_rows(table)}
+    left = [run for run in planned if (*run[:2], run[3], arguments.seed) not in finished]
+    if arguments.quick:
+        left = left[:2]
+    pictures_by_size = {}
+    started = time.time()
+    for number, (factor, name, recipe, toy) in enumerate(left):
+        minutes = f", about {(time.time() - started) / number * (len(left) - number) / 60:.0f} minutes" if number else ""
+        print(f"{len(left) - number} of {len(planned)} runs left{minutes}: {factor}, {name}, toy {toy} held out")
+        recipe = dataclasses.replace(
+            recipe, epochs=arguments.epochs or recipe.epochs, batch_size=arguments.batch_size or recipe.batch_size
+        )
+        if recipe.image_size not in pictures_by_size:
+            pictures_by_size[recipe.image_size] = prepare(examples, recipe.image_size, arguments.quick)
+        pictures, held_out = hold_out_toy(pictures_by_size[recipe.image_size], toy)
+        network, curves, seconds = train_network(
+            recipe,
+            pictures,
+            arguments.seed,
+            folder=arguments.output_dir / "runs" / SCRIPT / "experiment",
+            resume=False,
+            held_out=held_out,
+        )
+        metrics, _ = evaluate(network, held_out)
+        row = {
+            "factor": factor,
+            "name": name,
+            "held_out_toy": toy,
+            "seed": arguments.seed,
+            **{
+                field: "+".join(map(str, value)) if isinstance(value, tuple) else value
+                for field, value in dataclasses.asdict(recipe).items()
+            },
+            "parameters": runs.parameter_counts(network)["trainable"],
+            "seconds": round(seconds, 1),
+            **{
+                metric: round(metrics[metric], 4) if metric in metrics else ""
+                for metric in (
+                    "category_accuracy",
+                    "elevation_mae_degrees",
+                    "elevation_mae_degrees_background_shifted",
+                    "elevation_mae_degrees_background_repainted",
+                )
+            },
+        }
+        runs.append_row(table, row)
+    print(f"all {len(planned)} runs are in {table}" if not arguments.quick else f"wrote {table}")
