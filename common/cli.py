@@ -1,6 +1,7 @@
 """The flags every script has, seeding, and how a script ends when something is wrong that the user can mend."""
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -33,7 +34,9 @@ def parser(description, models):
     flags = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     mode = flags.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="build, fit, save, evaluate, write figures and results")
-    mode.add_argument("--load", action="store_true", help="restore from saved_models/, evaluate, write the same figures")
+    mode.add_argument(
+        "--load", action="store_true", help="restore from saved_models/, evaluate, write the same figures"
+    )
     mode.add_argument("--experiments", action="store_true", help="the comparison behind the choices; can be resumed")
     if len(models) > 1:
         flags.add_argument("--model", choices=models, help="one of the models (default: all)")
@@ -96,6 +99,7 @@ def run(main, argv=None):
     A `UserError` becomes one line on standard error, without a traceback. Every other exception is a bug and
     keeps its traceback.
     """
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its warnings about tracing help nobody here
     try:
         main(argv)
     except UserError as error:

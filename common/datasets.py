@@ -4,10 +4,10 @@
 prepare the data and copies every array to `data_dir/cache/<name>/` as `.npy`. Every later call memory-maps those files:
 that takes milliseconds and imports neither TensorFlow nor TensorFlow Datasets.
 
-Nothing is trusted that may be half-written. The cache is built in a temporary folder that is renamed when it is complete,
-and shapes, types and file sizes are compared with its manifest on every start. A cache that fails the comparison is built
-again from the prepared dataset. Whatever cannot be mended here ends in a `UserError` that names the dataset, its official
-page and the folder that accepts the official files when they are fetched by hand.
+Nothing is trusted that may be half-written. The cache is built in a temporary folder that is renamed when it is
+complete, and the shapes, types and sizes of its files are checked on every start. A cache that fails the check is built
+again from the prepared dataset. Whatever cannot be mended here ends in a `UserError` that names the dataset, its
+official page and the folder that accepts the official files when they are fetched by hand.
 """
 
 import concurrent.futures
@@ -288,7 +288,7 @@ def _expected(source, field, size):
 def _build_cache(source, data_dir, cache):
     """Copies the prepared dataset into `.npy` files, downloading and preparing it first where needed."""
     prepared = any((data_dir / source.name).glob("*/dataset_info.json"))
-    by_hand = all((data_dir / "downloads" / "manual" / archive).is_file() for archive in source.archives)
+    by_hand = all((_by_hand(source, data_dir) / archive).is_file() for archive in source.archives)
     if not prepared and not by_hand:
         _check_network(source, data_dir)
         print(f"{source.name}: not in {data_dir} yet, downloading it with TensorFlow Datasets")
@@ -314,7 +314,14 @@ def _write_arrays(source, data_dir, folder):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow_datasets as tfds  # slow to import, and only the first start needs it
 
-    splits, info = tfds.load(source.name, data_dir=data_dir, shuffle_files=False, with_info=True)
+    # Official files that lie in the folder for them are checked and used instead of a download.
+    config = tfds.download.DownloadConfig(manual_dir=_by_hand(source, data_dir))
+    splits, info = tfds.load(
+        source.name,
+        data_dir=data_dir,
+        with_info=True,
+        download_and_prepare_kwargs={"download_config": config},
+    )
     checksums = {}
     for split, size in source.sizes.items():
         arrays = {}
@@ -376,8 +383,12 @@ def _check_network(source, data_dir):
 
 def _error(source, data_dir, trouble):
     """The one line that says what is wrong with a dataset and how to mend it."""
-    manual = data_dir / "downloads" / "manual"
     return UserError(
         f"dataset {source.name}: {trouble}; try again later, or fetch {', '.join(source.archives)} from {source.page} "
-        f"by hand into {manual} (and delete {data_dir / source.name} if it is damaged)"
+        f"by hand into {_by_hand(source, data_dir)} (and delete {data_dir / source.name} if it is damaged)"
     )
+
+
+def _by_hand(source, data_dir):
+    """The folder for official files that were fetched by hand. Its own per dataset: some share file names."""
+    return data_dir / "downloads" / "manual" / source.name

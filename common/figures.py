@@ -28,6 +28,7 @@ plt.rcParams.update(
         "font.size": 10,
         "axes.titlesize": 11,
         "axes.titlelocation": "left",
+        "figure.titlesize": 11,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.prop_cycle": matplotlib.cycler(color=COLORS),
@@ -53,14 +54,15 @@ def save(figure, path):
 def label_lines(axes):
     """Writes the label of each line at its last point, in its colour, instead of a legend; labels keep apart."""
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_") and len(line.get_ydata())]
-    low, high = axes.get_ylim()
-    gap, last = (high - low) * 0.055, -np.inf
-    for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
-        x, y = line.get_xdata()[-1], line.get_ydata()[-1]
-        last = max(y, last + gap)
+    ends = [(line, axes.transData.transform((line.get_xdata()[-1], line.get_ydata()[-1]))) for line in lines]
+    gap = axes.bbox.height * 0.055
+    last = -np.inf
+    for line, (x, y) in sorted(ends, key=lambda end: end[1][1]):
+        last = max(y, last + gap * (1 + line.get_label().count("\n")))
+        x, height = axes.transData.inverted().transform((x, last))
         axes.annotate(
             line.get_label(),
-            (x, last),
+            (x, height),
             xytext=(5, 0),
             textcoords="offset points",
             va="center",

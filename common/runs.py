@@ -1,4 +1,4 @@
-"""Training that survives being killed, models saved with a card that says where they come from, and experiment tables."""
+"""Training that survives being killed, saved models with a card that says where they come from, experiment tables."""
 
 import csv
 import datetime
@@ -209,7 +209,7 @@ def load_model(path):
 
 
 def saved_models_folder(output_dir, script):
-    """The folder `--load` reads: `saved_models/<script>` under `output_dir`, or the repository's where that has none."""
+    """The folder `--load` reads: `saved_models/<script>` under `output_dir`, or in the repository where that has none."""
     folder = Path(output_dir) / "saved_models" / script
     return folder if folder.is_dir() else REPOSITORY / "saved_models" / script
 

@@ -1,0 +1,48 @@
+"""What several tests need: a folder that looks like the whole of smallNORB, and the real one where it is installed."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import datasets
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def fake_data_dir(tmp_path_factory):
+    """A data folder with a smallNORB cache of the full size: noise where `--quick` looks, holes in the file elsewhere."""
+    data_dir = tmp_path_factory.mktemp("data")
+    source = datasets.SOURCES["smallnorb"]
+    cache = data_dir / "cache" / "smallnorb"
+    cache.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    count = np.arange(24300)
+    for split, toys in (("train", (4, 6, 7, 8, 9)), ("test", (0, 1, 2, 3, 5))):
+        images = np.lib.format.open_memmap(cache / f"{split}_images.npy", "w+", np.uint8, (24300, 96, 96, 2))
+        images[:: 24300 // 320] = generator.integers(90, 256, images[:: 24300 // 320].shape)
+        labels = {
+            "category": count % 5,
+            "instance": np.array(toys)[count // 5 % 5],
+            "elevation": count // 25 % 9,
+            "azimuth": count // 225 % 18,
+            "lighting": count // 4050,
+        }
+        for name, values in labels.items():
+            np.save(cache / f"{split}_{name}.npy", values)
+    checksums = {f"{split}_{field}": "0" * 64 for split in ("train", "test") for field in source.features}
+    names = ["four-legged animals", "human figures", "airplanes", "trucks", "cars"]
+    (cache / "manifest.json").write_text(json.dumps({"class_names": names, "sha256": checksums}))
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def real_data_dir():
+    """The folder of the real datasets; skips the test where smallNORB has not been installed there."""
+    data_dir = Path(os.environ.get("DATA_DIR", REPOSITORY / "data"))
+    if not any((data_dir / "smallnorb").glob("*/dataset_info.json")):
+        pytest.skip(f"smallNORB is not installed in {data_dir}")
+    return data_dir
