@@ -137,7 +137,7 @@ def fast_precision():
     bfloat16 arithmetic, with weights kept in float32, doubles the speed of convolutions on GPUs and on CPUs with matrix
     units for it (AMX), and slows every other CPU down.
     """
-    if keras.distribution.list_devices("gpu"):
+    if any("gpu" in device.lower() for device in keras.distribution.list_devices()):
         return "mixed_bfloat16"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "mixed_bfloat16" if keras.backend.backend() == "tensorflow" and "amx_bf16" in flags else "float32"
@@ -209,7 +209,7 @@ def load_model(path):
 
 
 def saved_models_folder(output_dir, script):
-    """The folder `--load` reads: `saved_models/<script>` under `output_dir`, or in the repository where that has none."""
+    """The folder `--load` reads: `saved_models/<script>` under `output_dir`, else the one in the repository."""
     folder = Path(output_dir) / "saved_models" / script
     return folder if folder.is_dir() else REPOSITORY / "saved_models" / script
 

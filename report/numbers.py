@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"(?P<number>[-+\d.,]+)<!-- (?P<file>\w+) (?P<path>[^*]+?)(?: \*(?P<factor>[\d.]+))? (?P<format>\S+) -->")
+MARKED = re.compile(
+    r"(?P<number>[-+\d.,]+)<!-- (?P<file>\w+) (?P<path>[^*]+?)(?: \*(?P<factor>[\d.]+))? (?P<format>\S+) -->"
+)
 
 
 def texts():

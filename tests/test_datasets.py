@@ -107,7 +107,8 @@ def test_every_loader_returns_what_was_prepared(name, small):
         assert not part.images.flags.writeable
         # TensorFlow Datasets shuffles as it prepares; every example has its own picture, which finds it again.
         order = [
-            next(i for i in range(size) if np.array_equal(image, picture_of(name, i))) for image in np.array(part.images)
+            next(i for i in range(size) if np.array_equal(image, picture_of(name, i)))
+            for image in np.array(part.images)
         ]
         assert sorted(order) == list(range(size))
         for field, feature in list(source.features.items())[1:]:
