@@ -20,7 +20,7 @@ figures: .venv/.run  ## every figure and result again from the saved models
 	$(BIN)/python task1_smallnorb_cnn.py --load
 
 numbers: .venv/.run  ## put the numbers of report/results/*.json into README.md and the reports
-	$(BIN)/python report/numbers.py
+	$(BIN)/python report/numbers_in_texts.py
 
 clean:
 	rm -rf .venv runs

@@ -15,14 +15,13 @@ And the grey of the background alone gives the elevation away, because the lamps
 elevations; `repaint_background` measures how much a network relies on that.
 """
 
+from common import quiet  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
+
 import dataclasses
 import json
 import math
-import os
 import time
 from typing import NamedTuple
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before Keras starts TensorFlow, which is talkative
 
 import keras
 import matplotlib.pyplot as plt
@@ -427,8 +426,6 @@ def compile_for_training(network, recipe, steps, seed):
     images = keras.Input(network.input_shape[1:], dtype="uint8")
     heads = dict(network.output)
     if "elevation" in recipe.outputs and recipe.elevation_loss == "expectation":
-        # The cross-entropy is taken on the probabilities; their mean, the elevation, has nothing to learn.
-        del heads["elevation"]
         heads["elevation_probabilities"] = network.get_layer("elevation_probabilities").output
     augmented = StereoAugmentation(recipe.augmentations, seed)(images)
     model = keras.Model(images, keras.Model(network.input, heads)(augmented))
@@ -437,15 +434,19 @@ def compile_for_training(network, recipe, steps, seed):
     losses = {
         "category": keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
         "elevation": {
-            "mae": keras.losses.MeanAbsoluteError(),
             "mse": keras.losses.MeanSquaredError(),
             "huber": keras.losses.Huber(delta=5.0),
-        }.get(recipe.elevation_loss),
+        }.get(recipe.elevation_loss, keras.losses.MeanAbsoluteError()),
         "elevation_probabilities": keras.losses.CategoricalCrossentropy(),
     }
-    # Brings the elevation losses, in degrees or their squares, to the size of the cross-entropy.
-    scale = {"mae": deviation, "mse": deviation**2, "huber": 5 * deviation, "expectation": 1}[recipe.elevation_loss]
-    weights = {"category": 1.0, "elevation": 1 / scale, "elevation_probabilities": 1.0}
+    # Brings the elevation losses, in degrees or their squares, to the size of the cross-entropy. With "expectation" the
+    # cross-entropy of the nine probabilities is what is learnt, and the error of their mean is only watched.
+    elevation_weight = {"mae": 1 / deviation, "mse": 1 / deviation**2, "huber": 1 / (5 * deviation), "expectation": 0.0}
+    weights = {
+        "category": 1.0,
+        "elevation": elevation_weight[recipe.elevation_loss],
+        "elevation_probabilities": 1.0,
+    }
     metrics = {"category": "accuracy", "elevation": "mae", "elevation_probabilities": "accuracy"}
 
     learning_rate = recipe.learning_rate

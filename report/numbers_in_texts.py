@@ -1,4 +1,4 @@
-"""Puts the measured numbers into README.md and the reports: `python report/numbers.py`, or `make numbers`.
+"""Puts the measured numbers into README.md and the reports: `python report/numbers_in_texts.py`, or `make numbers`.
 
 A number in a text is followed by an HTML comment, invisible on the page, that says where it comes from:
 
