@@ -2,10 +2,10 @@
 
 A number in a text is followed by an HTML comment, invisible on the page, that says where it comes from:
 
-    97.86<!-- task1_smallnorb_cnn test.category_accuracy *100 .2f --> %
+    97.86<!-- task1_smallnorb_cnn test/category_accuracy *100 .2f --> %
 
-names `report/results/task1_smallnorb_cnn.json`, the path of the value in it, an optional factor and a format. The test
-suite fails when a text and the results disagree.
+names `report/results/task1_smallnorb_cnn.json`, the path of the value in it, an optional factor and a format. A text
+value stands between backticks. The test suite fails when a text and the results disagree.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MARKED = re.compile(
-    r"(?P<number>[-+\d.,]+)<!-- (?P<file>\w+) (?P<path>[^*]+?)(?: \*(?P<factor>[\d.]+))? (?P<format>\S+) -->"
+    r"(?P<number>[-+\d.,]+|`[^`]*`)<!-- (?P<file>\w+) (?P<path>[^*]+?)(?: \*(?P<factor>[\d.]+))? (?P<format>\S+) -->"
 )
 
 
@@ -25,9 +25,9 @@ def texts():
 
 
 def lookup(file, path, results=REPOSITORY / "report" / "results"):
-    """Returns the value at the dotted `path` in `<file>.json`; raises KeyError where there is none."""
+    """Returns the value at `path`, keys with slashes between them, in `<file>.json`; raises KeyError without one."""
     value = json.loads((results / f"{file}.json").read_text())
-    for key in path.split("."):
+    for key in path.split("/"):
         value = value[key]
     return value
 
@@ -39,7 +39,8 @@ def fill(text):
         value = lookup(match["file"], match["path"])
         if match["factor"]:
             value *= float(match["factor"])
-        return f"{value:{match['format']}}" + match[0][len(match["number"]) :]
+        text = f"`{value}`" if isinstance(value, str) else f"{value:{match['format']}}"
+        return text + match[0][len(match["number"]) :]
 
     return MARKED.sub(number, text)
 
