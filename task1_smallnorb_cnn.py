@@ -547,6 +547,7 @@ def evaluate(network, pictures):
     Returns:
         Metrics (dict of float) and the predictions on the pictures as they are (see `predict`).
     """
+    network = runs.for_prediction(network)
     predictions = predict(network, pictures.images)
     metrics = {}
     if "category" in predictions:
@@ -615,19 +616,36 @@ EXPERIMENTS = {
 
 # At full length, with the augmentations that helped or cost nothing and feed fast enough (see `make bench`).
 FULL_LENGTH = change(augmentations=("shift", "scale", "rotation", "flip", "background"), epochs=20)
-EXPERIMENTS["full length"] = {
-    "20 epochs": FULL_LENGTH,
-    "20 epochs, expectation of 9 classes": dataclasses.replace(FULL_LENGTH, elevation_loss="expectation"),
-    "8 epochs": dataclasses.replace(FULL_LENGTH, epochs=8),
-}
 
 # What the experiments led to. Sixteen epochs on five toys are as many steps as twenty on the four of a fold.
 FINAL = dataclasses.replace(FULL_LENGTH, width=48, elevation_loss="expectation", elevation_weight=0.5, epochs=16)
+FINAL_ON_FOLDS = "final recipe, 20 epochs"
+EXPERIMENTS["full length"] = {
+    "20 epochs": FULL_LENGTH,
+    FINAL_ON_FOLDS: dataclasses.replace(FINAL, epochs=20),
+    "20 epochs, expectation of 9 classes": dataclasses.replace(FULL_LENGTH, elevation_loss="expectation"),
+}
 RECIPES = {
     "joint": FINAL,
     "category": dataclasses.replace(FINAL, outputs=("category",)),
     "elevation": dataclasses.replace(FINAL, outputs=("elevation",)),
 }
+
+
+def experiments_table(output_dir):
+    """Path of the CSV table of the experiments."""
+    return output_dir / "report" / "results" / f"{SCRIPT}_experiments.csv"
+
+
+def experiment_means(rows):
+    """Returns, for the name of each experiment in the table, a dict of its metrics' means over the held-out toys."""
+    means = {}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        same = [row for row in rows if row["name"] == name]
+        means[name] = {
+            column: float(np.mean([float(row[column]) for row in same])) for column in METRIC_COLUMNS if same[0][column]
+        }
+    return means
 
 
 def run_experiments(arguments, examples):
@@ -638,7 +656,7 @@ def run_experiments(arguments, examples):
         examples: `common.datasets.StereoImages`, the official training set. The test set is not looked at.
     """
     results_folder = arguments.output_dir / "report" / "results"
-    table = results_folder / f"{SCRIPT}_experiments.csv"
+    table = experiments_table(arguments.output_dir)
     # All folds of one factor after the other, so that an interrupted comparison is still a fair one.
     planned = [
         (factor, name, recipe, toy)
@@ -715,7 +733,7 @@ def draw_samples(examples, folder):
 
 
 def draw_learning_curves(curves, held_out_curves, folder):
-    """Learning curves of the saved joint network, beside those of the same recipe with one toy held out.
+    """Learning curves of the saved joint network, beside those of trainings with one toy of each category held out.
 
     Args:
         curves: dict of lists, one number an epoch.
@@ -728,18 +746,17 @@ def draw_learning_curves(curves, held_out_curves, folder):
         ("elevation_mae", np.asarray, "elevation error in degrees (MAE)"),
     )
     for panel, (name, convert, label) in zip(axes, panels, strict=True):
-        epochs = np.arange(1, len(curves[name]) + 1)
-        panel.plot(epochs, convert(curves[name]), color=figures.BLUE, label="training toys,\naugmented")
-        for toy, held_out in held_out_curves.items():
-            values = convert(held_out[f"val_{name}"])
-            color = figures.COLORS[1 + list(held_out_curves).index(toy)]
-            panel.plot(np.arange(1, len(values) + 1), values, color=color, label=f"toys {toy}\nheld out")
+        lines = [("training toys,\naugmented", figures.BLUE, curves[name])]
+        for toy, color in zip(held_out_curves, (figures.ORANGE, figures.GREEN), strict=False):
+            lines.append((f"toys {toy}\nheld out", color, held_out_curves[toy][f"val_{name}"]))
+        for line_label, color, values in lines:
+            panel.plot(np.arange(1, len(values) + 1), convert(values), color=color, label=line_label)
         panel.set(yscale="log", xlabel="epoch", ylabel=label)
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter("{x:g}")
         figures.label_lines(panel)
-    axes[0].set_title("Toys that were never seen stay harder")
-    axes[1].set_title("Elevation carries over to new toys")
+    axes[0].set_title("Training toys are soon known by heart, others are not")
+    axes[1].set_title("Elevation improves on both to the end")
     return figures.save(figure, folder / "learning_curves.png")
 
 
@@ -915,7 +932,7 @@ def dataset_card(dataset):
     return {
         "name": dataset.name,
         "train": len(dataset.train.images),
-        "validation": "held-out toys in --experiments; none in the final training",
+        "validation": "the same recipe on the other toys, with toys 4 or 7 held out; none in the final training",
         "test": len(dataset.test.images),
         "sha256": dataset.checksums,
     }
@@ -940,6 +957,7 @@ def train(arguments, dataset):
             )
 
     test = prepare(dataset.test, FINAL.image_size, arguments.quick)
+    validation = experiment_means(runs.read_rows(experiments_table(arguments.output_dir))).get(FINAL_ON_FOLDS)
     cards = {}
     for model, seed, recipe, network, curves, seconds in trained:
         metrics, _ = evaluate(network, test)
@@ -952,7 +970,6 @@ def train(arguments, dataset):
             "model": model,
             "command": arguments.command,
             **runs.environment(),
-            "precision_of_training": runs.fast_precision(),
             "seed": seed,
             "recipe": dataclasses.asdict(recipe),
             "epochs": recipe.epochs,
@@ -962,7 +979,11 @@ def train(arguments, dataset):
             "shortened": "--quick: a few pictures only" if arguments.quick else None,
             "seconds": round(seconds, 1),
             "curves": curves,
-            "metrics": {"train": evaluate(network, pictures)[0], "test": metrics},
+            "metrics": {
+                "train": evaluate(network, pictures)[0],
+                "validation": validation if model == "joint" else None,
+                "test": metrics,
+            },
             "seeds": [{"seed": seed, **metrics}],
         }
     for model, seed, _, network, _, _ in trained:
@@ -983,14 +1004,12 @@ def summarise(cards, measured, references, rows):
         dict: `test` (metrics of the saved joint network), `seeds` (number, mean and standard deviation of the metrics
         over the seeds), `models` (per model), `references`, and `experiments` (mean over the held-out toys).
     """
-    results = {"script": f"{SCRIPT}.py", "models": {}, "references": references, "experiments": {}}
-    for name in dict.fromkeys(row["name"] for row in rows):
-        runs_of_name = [row for row in rows if row["name"] == name]
-        results["experiments"][name] = {
-            column: float(np.mean([float(row[column]) for row in runs_of_name]))
-            for column in METRIC_COLUMNS
-            if runs_of_name[0][column]
-        }
+    results = {
+        "script": f"{SCRIPT}.py",
+        "models": {},
+        "references": references,
+        "experiments": experiment_means(rows),
+    }
     for model, card in cards.items():
         results["models"][model] = {
             "test": measured[model],
@@ -1021,7 +1040,7 @@ def report(arguments, dataset):
         network, cards[model] = runs.load_model(folder / f"{model}.keras")
         measured[model], predictions[model] = evaluate(network, test)
         print(f"\n{model}: {cards[model]['parameters']['total']:,} parameters")
-        runs.print_metrics(measured[model], cards[model]["metrics"]["test"])
+        runs.print_metrics(measured[model], cards[model])
         if cards[model]["dataset"]["sha256"] != dataset.checksums:
             print("note: the pictures differ from those that the recorded metrics were measured on")
 
@@ -1029,13 +1048,13 @@ def report(arguments, dataset):
     if not arguments.model:
         report_folder = arguments.output_dir / "report"
         train_pictures = prepare(dataset.train, FINAL.image_size, arguments.quick)
-        rows = runs.read_rows(report_folder / "results" / f"{SCRIPT}_experiments.csv")
+        rows = runs.read_rows(experiments_table(arguments.output_dir))
         results = summarise(cards, measured, reference_errors(train_pictures, test), rows)
         print(f"\n{KNOWN_RESULTS}")
         runs.print_metrics(results["references"])
         drawings = report_folder / "figures" / SCRIPT
         curves = report_folder / "results" / f"{SCRIPT}_held_out_curves.json"
-        held_out_curves = json.loads(curves.read_text()) if curves.exists() else {}
+        held_out_curves = json.loads(curves.read_text()).get(FINAL_ON_FOLDS, {}) if curves.exists() else {}
         written = [
             draw_samples(dataset.train, drawings),
             draw_learning_curves(cards["joint"]["curves"], held_out_curves, drawings),

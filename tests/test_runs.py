@@ -185,10 +185,32 @@ def test_models_are_read_from_the_output_dir_where_it_has_some(saved, tmp_path):
 
 
 def test_metrics_that_differ_are_marked(capsys):
-    runs.print_metrics({"accuracy": 0.5, "error": 1.0}, {"accuracy": 0.50001, "error": 2.0})
+    card = {**runs.environment(), "metrics": {"test": {"accuracy": 0.50001, "error": 2.0}}}
+    runs.print_metrics({"accuracy": 0.5, "error": 2.005}, card)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "accuracy    0.5000    0.5000"
-    assert lines[2] == "error       1.0000    2.0000  differs"
+    assert lines[2] == "error       2.0050    2.0000  differs"
+    runs.print_metrics({"error": 2.005}, {**card, "backend": "another"})
+    lines = capsys.readouterr().out.splitlines()
+    assert "half a per cent" in lines[0]
+    assert lines[2] == "error    2.0050    2.0000"
+
+
+def test_model_for_prediction_differs_by_rounding(monkeypatch):
+    keras.utils.set_random_seed(0)
+    images = keras.Input((8, 8, 1))
+    features = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3)(images))
+    model = keras.Model(images, {"value": keras.layers.Dense(1, name="value")(features)})
+    pictures = np.random.default_rng(0).normal(size=(5, 8, 8, 1)).astype("float32")
+    expected = model.predict(pictures, verbose=0)["value"]
+    monkeypatch.setattr(runs, "fast_precision", lambda: "mixed_bfloat16")
+    fast = runs.for_prediction(model)
+    assert fast.layers[1].compute_dtype == "bfloat16"
+    assert fast.layers[-1].compute_dtype == "float32"
+    difference = np.abs(fast.predict(pictures, verbose=0)["value"] - expected).max()
+    assert 0 < difference < 0.02
+    monkeypatch.setattr(runs, "fast_precision", lambda: "float32")
+    assert runs.for_prediction(model) is model
 
 
 def test_environment_names_what_a_number_depends_on():

@@ -228,13 +228,14 @@ def test_every_choice_trains(change, tmp_path):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_evaluate_measures_the_replaced_backgrounds():
+def test_evaluate_measures_the_replaced_backgrounds(monkeypatch):
     class Brightness:
         """Predicts the mean grey of the left view as elevation, so that the metrics are known."""
 
         def predict(self, images, **_):
             return {"elevation": images[..., 0].mean(axis=(1, 2), keepdims=True)[..., 0]}
 
+    monkeypatch.setattr(runs, "for_prediction", lambda network: network)
     images = np.full((2, 48, 48, 2), 50, np.uint8)
     pictures = task.Pictures(images, np.zeros(2, int), np.full(2, 50.0), np.zeros(2, int))
     metrics, _ = task.evaluate(Brightness(), pictures)
@@ -301,7 +302,7 @@ def test_cards_say_where_the_models_come_from(quick):
         assert card["shortened"].startswith("--quick")
         assert card["dataset"]["train"] == 24300
         assert len(card["curves"]["loss"]) == card["epochs"] == 1
-        assert set(card["metrics"]) == {"train", "test"}
+        assert set(card["metrics"]) == {"train", "validation", "test"}
 
 
 def test_stock_keras_opens_the_saved_models_from_an_empty_directory(quick, tmp_path):
