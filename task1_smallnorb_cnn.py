@@ -1044,18 +1044,24 @@ def report(arguments, dataset):
         if cards[model]["dataset"]["sha256"] != dataset.checksums:
             print("note: the pictures differ from those that the recorded metrics were measured on")
 
-    written = []
-    if not arguments.model:
-        report_folder = arguments.output_dir / "report"
-        train_pictures = prepare(dataset.train, FINAL.image_size, arguments.quick)
-        rows = runs.read_rows(experiments_table(arguments.output_dir))
-        results = summarise(cards, measured, reference_errors(train_pictures, test), rows)
-        print(f"\n{KNOWN_RESULTS}")
-        runs.print_metrics(results["references"])
+    report_folder = arguments.output_dir / "report"
+    results_file = report_folder / "results" / f"{SCRIPT}.json"
+    rows = runs.read_rows(experiments_table(arguments.output_dir))
+    references = reference_errors(prepare(dataset.train, FINAL.image_size, arguments.quick), test)
+    print(f"\n{KNOWN_RESULTS}")
+    runs.print_metrics(references)
+    results = summarise(cards, measured, references, rows)
+    if arguments.model and results_file.exists():  # the other models keep their results
+        previous = json.loads(results_file.read_text())
+        results = {**previous, **results, "models": {**previous["models"], **results["models"]}}
+    write_json(results_file, results)
+    written = [results_file]
+
+    if "joint" in cards:  # the figures show what the joint network does
         drawings = report_folder / "figures" / SCRIPT
         curves = report_folder / "results" / f"{SCRIPT}_held_out_curves.json"
         held_out_curves = json.loads(curves.read_text()).get(FINAL_ON_FOLDS, {}) if curves.exists() else {}
-        written = [
+        written += [
             draw_samples(dataset.train, drawings),
             draw_learning_curves(cards["joint"]["curves"], held_out_curves, drawings),
             draw_confusion(test, predictions["joint"], drawings),
@@ -1066,8 +1072,6 @@ def report(arguments, dataset):
         ]
         if rows:
             written.append(draw_experiments(rows, drawings))
-        written.append(report_folder / "results" / f"{SCRIPT}.json")
-        write_json(written[-1], results)
     print("\nwrote", *written, sep="\n  ")
 
 
