@@ -29,10 +29,11 @@ def parser(description, models):
         models: list of str, the names `--model` accepts. A script with a single model gets no `--model` flag.
 
     Returns:
-        `argparse.ArgumentParser`, to which a script may add flags of its own before it calls `parse`.
+        `argparse.ArgumentParser`, to which a script may add flags of its own before it calls `parse`. Its attribute
+        `modes` is the group of which exactly one flag is given: a script may add to that, too.
     """
     flags = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    mode = flags.add_mutually_exclusive_group(required=True)
+    mode = flags.modes = flags.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="build, fit, save, evaluate, write figures and results")
     mode.add_argument(
         "--load", action="store_true", help="restore from saved_models/, evaluate, write the same figures"

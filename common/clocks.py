@@ -13,7 +13,6 @@ import concurrent.futures
 import functools
 import json
 import os
-import shutil
 import types
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from common.cli import UserError
-from common.files import sha256, write_json
+from common.files import building, sha256, write_json
 
 MINUTES = 720  # times that a dial of twelve hours can show
 PICTURES_PER_MINUTE = 25
@@ -569,9 +568,6 @@ def _render_all(folder):
     import keras  # for its progress bar
 
     labels = all_labels()
-    building = folder.with_name(f".{folder.name}.{os.getpid()}")
-    for left_over in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
     print(f"rendering {len(labels):,} clocks into {folder}")
 
     def fill(start):
@@ -581,23 +577,19 @@ def _render_all(folder):
         return min(start + CHUNK, len(labels))
 
     try:
-        building.mkdir(parents=True)
-        paths = {size: building / f"images_{size}.npy" for size in SIZES}
-        images = {
-            size: np.lib.format.open_memmap(path, "w+", np.uint8, (len(labels), size, size))
-            for size, path in paths.items()
-        }
-        bar = keras.utils.Progbar(len(labels), unit_name="picture")
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for done in pool.map(fill, range(0, len(labels), CHUNK)):
-                bar.update(done)
-        for array in images.values():
-            array.flush()
-        checksums = {str(size): sha256(path) for size, path in paths.items()}
-        write_json(building / "manifest.json", {"version": VERSION, "sha256": checksums})
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
+        with building(folder) as temporary:
+            paths = {size: temporary / f"images_{size}.npy" for size in SIZES}
+            images = {
+                size: np.lib.format.open_memmap(path, "w+", np.uint8, (len(labels), size, size))
+                for size, path in paths.items()
+            }
+            bar = keras.utils.Progbar(len(labels), unit_name="picture")
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                for done in pool.map(fill, range(0, len(labels), CHUNK)):
+                    bar.update(done)
+            for array in images.values():
+                array.flush()
+            checksums = {str(size): sha256(path) for size, path in paths.items()}
+            write_json(temporary / "manifest.json", {"version": VERSION, "sha256": checksums})
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error.strerror or error}); free some space") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

@@ -14,7 +14,6 @@ import concurrent.futures
 import dataclasses
 import json
 import os
-import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cli import UserError
-from common.files import sha256, write_json
+from common.files import building, sha256, write_json
 
 NETWORK_TIMEOUT_SECONDS = 8
 BATCH_SIZE = 500
@@ -292,12 +291,9 @@ def _build_cache(source, data_dir, cache):
     if not prepared and not by_hand:
         _check_network(source, data_dir)
         print(f"{source.name}: not in {data_dir} yet, downloading it with TensorFlow Datasets")
-    building = cache.with_name(f".{source.name}.{os.getpid()}")
     try:
-        building.mkdir(parents=True)
-        _write_arrays(source, data_dir, building)
-        shutil.rmtree(cache, ignore_errors=True)
-        building.rename(cache)
+        with building(cache) as folder:
+            _write_arrays(source, data_dir, folder)
     except UserError:
         raise
     except OSError as error:
@@ -305,8 +301,6 @@ def _build_cache(source, data_dir, cache):
     except Exception as error:  # TFDS and TensorFlow raise dozens of kinds; each is reported, none is swallowed
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise _error(source, data_dir, f"TensorFlow Datasets failed ({type(error).__name__}: {reason})") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _write_arrays(source, data_dir, folder):

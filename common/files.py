@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import time
 from pathlib import Path
 
 from common.cli import UserError
@@ -32,6 +34,32 @@ def replacing(path):
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def building(folder):
+    """Yields a new empty folder beside `folder`; gives it that name, in place of an older one, when the block ends.
+
+    Whatever happens in between, `folder` is either what it was before or complete. What a process left behind that was
+    killed more than a day ago is removed first; a younger one may belong to a process that is still at work.
+
+    Args:
+        folder: `pathlib.Path`, the final name.
+
+    Raises:
+        OSError: where the disk is full or the folder cannot be written.
+    """
+    for left_over in folder.parent.glob(f".{folder.name}.*"):
+        if time.time() - left_over.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(left_over, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path, content):

@@ -1,11 +1,13 @@
 import errno
 import hashlib
 import json
+import os
+import time
 
 import pytest
 
 from common.cli import UserError
-from common.files import replacing, sha256, write_json
+from common.files import building, replacing, sha256, write_json
 
 
 def test_replacing_keeps_suffixes_and_leaves_only_the_final_file(tmp_path):
@@ -46,3 +48,32 @@ def test_write_json_and_sha256(tmp_path):
     assert json.loads(path.read_text()) == {"accuracy": 0.5}
     assert path.read_text().endswith("}\n")
     assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_building_a_folder_replaces_it_as_a_whole(tmp_path):
+    folder = tmp_path / "cache"
+    with building(folder) as temporary:
+        (temporary / "old").touch()
+        assert not folder.exists()
+    with building(folder) as temporary:
+        (temporary / "new").touch()
+        assert [path.name for path in folder.iterdir()] == ["old"]
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    killed = building(folder)
+    (killed.__enter__() / "half").touch()
+    with pytest.raises(KeyboardInterrupt):
+        killed.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_building_removes_what_a_killed_process_left_long_ago(tmp_path):
+    old, young = tmp_path / ".cache.1", tmp_path / ".cache.2"
+    for left_over in (old, young):
+        left_over.mkdir()
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(old, (two_days_ago, two_days_ago))
+    with building(tmp_path / "cache"):
+        pass
+    assert not old.exists()
+    assert young.exists()
