@@ -59,10 +59,14 @@ def test_building_a_folder_replaces_it_as_a_whole(tmp_path):
         (temporary / "new").touch()
         assert [path.name for path in folder.iterdir()] == ["old"]
     assert [path.name for path in folder.iterdir()] == ["new"]
-    killed = building(folder)
-    (killed.__enter__() / "half").touch()
+
+    def stop_half_way():
+        with building(folder) as temporary:
+            (temporary / "half").touch()
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        killed.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        stop_half_way()
     assert [path.name for path in folder.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [folder]
 
