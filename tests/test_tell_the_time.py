@@ -1,0 +1,369 @@
+"""The clock-reading script: representations, network, and its command line on both backends."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+
+import tell_the_time as task
+from common import clocks
+
+ALL_MINUTES = np.arange(task.MINUTES)
+SAVED = REPOSITORY / "saved_models" / task.SCRIPT
+GENERATOR = np.random.default_rng(0)
+
+
+# ------------------------------------------------------------------------------------------------------ representations
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "error"),
+    [
+        ((11, 55), (0, 5), 10),
+        ((0, 0), (6, 0), 360),
+        ((3, 15), (3, 15), 0),
+        ((1, 0), (11, 30), 90),
+        ((0, 0), (11, 59), 1),
+    ],
+)
+def test_common_sense_error_takes_the_shorter_way(first, second, error):
+    first, second = (np.array([hour * 60 + minute]) for hour, minute in (first, second))
+    assert task.common_sense_error(first, second) == error
+    assert task.common_sense_error(second, first) == error
+    assert task.common_sense_error(first + task.MINUTES, second) == error
+
+
+def perfect_outputs(representation, minutes):
+    """What a network would answer that knows the times."""
+    targets = representation.encode(minutes)
+    assert set(targets) == set(representation.heads)
+    outputs = {}
+    for name, head in representation.heads.items():
+        target = targets[name]
+        if target.ndim == 1:  # classes
+            assert 0 <= target.min() <= target.max() < head.units
+            outputs[name] = np.eye(head.units)[target]
+        else:
+            assert target.shape == (len(minutes), head.units)
+            outputs[name] = target
+    return outputs
+
+
+@pytest.mark.parametrize("name", task.REPRESENTATIONS)
+def test_every_representation_round_trips_for_all_times(name):
+    representation = task.REPRESENTATIONS[name]
+    decoded = representation.decode(perfect_outputs(representation, ALL_MINUTES))
+    assert decoded.shape == (task.MINUTES,)
+    errors = task.common_sense_error(decoded, ALL_MINUTES)
+    if name.startswith("classes_"):
+        width = task.MINUTES // int(name.removeprefix("classes_"))
+        assert errors.max() == (width - 1) / 2  # the middle of the interval is all that a class can say
+    else:
+        assert errors.max() < 1e-3
+
+
+def test_24_classes_cannot_do_better_than_seven_and_a_half_minutes():
+    representation = task.REPRESENTATIONS["classes_24"]
+    decoded = representation.decode(perfect_outputs(representation, ALL_MINUTES))
+    assert task.common_sense_error(decoded, ALL_MINUTES).mean() == 7.5
+
+
+def test_points_anywhere_on_a_ray_are_the_same_time():
+    minutes = np.array([0.0, 100, 359.5, 719])
+    points = task.to_circle(minutes, task.MINUTES)
+    assert np.allclose(np.hypot(*points.T), 1)
+    for scale in (0.01, 1, 30):
+        assert np.allclose(task.from_circle(points * scale, task.MINUTES), minutes, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("coarse", "minute", "time"), [(185, 58, 178), (175, 2, 182), (3, 57, 717), (718, 4, 4), (330, 30, 330)]
+)
+def test_the_minute_hand_refines_what_the_hour_hand_says(coarse, minute, time):
+    refined = task.refine(np.array([coarse]), np.array([minute]))
+    assert task.common_sense_error(refined, [time]) == 0
+
+
+def test_likeliest_time_across_the_full_hour():
+    probabilities = np.full((2, 24), 0.01)
+    probabilities[:, 6] = 0.5  # from 3:00 to 3:29
+    times = task.likeliest(probabilities, np.array([59.0, 1.0]))
+    assert times.tolist() == [179.0, 181.0]  # 2:59 and not 3:59, because 3:00 is the nearer one
+
+
+def test_periodic_loss_knows_no_twelve_o_clock():
+    def loss(true, predicted):
+        return float(task.periodic_loss(keras.ops.array([[true]]), keras.ops.array([[predicted]]))[0])
+
+    assert loss(0.1, 11.9) == pytest.approx(loss(0.1, 0.3), abs=1e-5)
+    assert loss(3.0, 9.0) == pytest.approx(2)
+    assert loss(5.5, 5.5) == pytest.approx(0, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def numbered(size, count=100):
+    """Pictures that carry their number in their first pixels."""
+    images = np.zeros((count, size, size), np.uint8)
+    images[:, 0, 0] = np.arange(count)
+    labels = np.stack([np.arange(count) % 12, np.arange(count) % 60], axis=1)
+    return clocks.ClockImages(images, labels, "rendered", "")
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"), [(75, {"train": 80, "validation": 10, "test": 10}), (150, {"train": 80, "test": 20})]
+)
+def test_splits_are_shuffled_and_share_no_picture(size, sizes):
+    splits = task.split_pictures(numbered(size))
+    assert {name: len(split.images) for name, split in splits.items()} == sizes
+    numbers = {name: split.images[:, 0, 0] for name, split in splits.items()}
+    assert np.array_equal(np.sort(np.concatenate(list(numbers.values()))), np.arange(100))
+    assert np.ptp(numbers["test"]) > 50
+    for name, split in splits.items():
+        assert np.array_equal(split.minutes, numbers[name] % 12 * 60.0 + numbers[name] % 60)
+
+
+def test_no_picture_that_chose_something_is_a_test_picture_at_150():
+    chosen_by = task.split_pictures(numbered(75))["validation"].images[:, 0, 0]
+    assert not set(chosen_by) & set(task.split_pictures(numbered(150))["test"].images[:, 0, 0])
+
+
+def test_augmentation_does_nothing_outside_training():
+    images = GENERATOR.integers(0, 256, (4, 75, 75), dtype=np.uint8)
+    assert np.array_equal(keras.ops.convert_to_numpy(task.ClockAugmentation(0)(images, training=False)), images)
+
+
+def test_augmentation_moves_half_of_the_pictures_and_keeps_their_range():
+    images = np.repeat(clocks.render_times([(2, 20)], 0)[75], 32, axis=0)
+    changed = keras.ops.convert_to_numpy(task.ClockAugmentation(0)(images, training=True))
+    assert changed.shape == images.shape
+    assert 0 <= changed.min() <= changed.max() <= 255
+    alike = [np.corrcoef(before.ravel(), after.ravel())[0, 1] for before, after in zip(images, changed, strict=True)]
+    assert max(alike[:16]) < 0.95 < min(alike[16:])
+    assert np.array_equal(changed, keras.ops.convert_to_numpy(task.ClockAugmentation(0)(images, training=True)))
+
+
+def test_augmentation_never_mirrors():
+    """The dark bars of an L-shaped figure keep their order around the centre, however the picture is turned."""
+    image = np.full((75, 75), 255, np.uint8)
+    image[10:38, 36:39] = 0  # upwards, and
+    image[36:39, 36:52] = 0  # half as far to the right: a quarter turn clockwise
+    changed = keras.ops.convert_to_numpy(task.ClockAugmentation(1)(np.repeat(image[None], 64, axis=0), training=True))
+    offset = np.arange(75) - 37
+    for picture in changed[:32]:
+        right, up = np.meshgrid(offset, -offset)
+        dark = picture < picture.min() + 60
+        far = dark & (np.hypot(right, up) > 20) & (np.hypot(right, up) < 28)
+        near = dark & (np.hypot(right, up) < 13)
+        long_arm = np.array([right[far].mean(), up[far].mean()])
+        both_arms = np.array([right[near].mean(), up[near].mean()])
+        assert long_arm[0] * both_arms[1] - long_arm[1] * both_arms[0] < 0  # clockwise from the long arm
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("size", clocks.SIZES)
+def test_a_quarter_turn_moves_the_polar_map_by_a_quarter(size):
+    image = GENERATOR.random((task.ENLARGE * size, task.ENLARGE * size))
+    samples = task.polar_samples(size)
+    assert samples.shape == (task.RINGS, task.SECTORS, task.SAMPLES_PER_CELL_SIDE[size] ** 2)
+    polar, turned = image.ravel()[samples], np.rot90(image, -1).ravel()[samples]  # clockwise
+    assert np.isclose(np.roll(polar, task.SECTORS // 4, axis=1), turned).mean() > 0.98  # but for ties in rounding
+    middle = (task.ENLARGE * size - 1) / 2
+    row, column = np.divmod(samples, task.ENLARGE * size)
+    radius = np.hypot(row - middle, column - middle)
+    assert (np.diff(radius.mean(axis=(1, 2))) > 0).all()
+    assert radius.max() <= middle + 1
+
+
+@pytest.mark.parametrize("size", clocks.SIZES)
+def test_the_network_does_not_care_how_the_clock_is_turned(size):
+    keras.utils.set_random_seed(0)
+    network = task.build_network(task.Recipe(size=size))
+    images = clocks.render_times([(4, 40), (9, 12)], 0)[size]
+    answers, turned = (network.predict(np.rot90(images, k, (1, 2)), verbose=0) for k in (0, 1))
+    other = network.predict(images[::-1], verbose=0)
+    for name in answers:
+        change = np.abs(answers[name] - turned[name]).max()
+        assert change < 0.1 * np.abs(answers[name] - other[name]).max()
+
+
+@pytest.mark.parametrize("change", [{"polar": False}, {"pooling": "max"}, {"augment": False}, {"size": 150}])
+def test_every_choice_trains(change, tmp_path):
+    recipe = dataclasses.replace(task.Recipe(width=4, epochs=1), **change)
+    split = task.Split(GENERATOR.integers(0, 256, (32, recipe.size, recipe.size), dtype=np.uint8), np.arange(32) * 20)
+    network, curves, _ = task.train_network(recipe, split, 0, folder=tmp_path, resume=False, validation=split)
+    assert np.isfinite(curves["loss"][0])
+    assert network.compute_dtype == "float32"
+    minutes = task.read_clocks(network, split.images, recipe.representation)
+    assert curves["validation_minutes"][0] == pytest.approx(
+        task.common_sense_error(minutes, split.minutes).mean(), rel=0.2
+    )
+    assert ((minutes >= 0) & (minutes <= task.MINUTES)).all()
+
+
+@pytest.mark.parametrize("name", task.REPRESENTATIONS)
+def test_networks_are_small(name):
+    network = task.build_network(task.Recipe(name))
+    assert network.count_params() <= 2_000_000
+    assert {key: value.shape[1] for key, value in network.output.items()} == {
+        key: head.units for key, head in task.REPRESENTATIONS[name].heads.items()
+    }
+
+
+def test_measure():
+    metrics = task.measure(np.array([0.0, 719, 30, 100]), np.array([1, 1, 34, 400]))
+    assert metrics["mean_minutes"] == pytest.approx((1 + 2 + 4 + 300) / 4)
+    assert metrics["median_minutes"] == 3
+    assert [metrics[f"within_{limit}_minutes"] for limit in (1, 5, 10)] == [0.25, 0.75, 0.75]
+
+
+# --------------------------------------------------------------------------------------------------------- saved models
+
+
+def saved_models():
+    return sorted(path.stem for path in SAVED.glob("*.keras"))
+
+
+def test_every_model_is_saved_and_all_are_small():
+    assert saved_models() == sorted(task.MODELS)
+    assert sum(path.stat().st_size for path in SAVED.iterdir()) < 25e6
+
+
+@pytest.mark.parametrize("name", task.MODELS)
+def test_saved_models_were_trained_by_their_recipes(name):
+    card = json.loads((SAVED / f"{name}.json").read_text())
+    assert card["recipe"] == dataclasses.asdict(task.RECIPES[name])
+    assert card["shortened"] is None
+    assert card["epochs"] == len(card["curves"]["loss"]) == task.RECIPES[name].epochs
+
+
+def test_best_representation_was_chosen_on_validation():
+    errors = {
+        name: json.loads((SAVED / f"{name}.json").read_text())["metrics"]["validation"]["mean_minutes"]
+        for name in task.REPRESENTATIONS
+    }
+    assert errors[task.BEST] < 1.1 * min(errors.values())  # a difference that another seed may turn
+
+
+def test_stock_keras_opens_the_saved_models_from_an_empty_directory(tmp_path):
+    code = (
+        "import sys, keras, numpy as np\n"
+        "for path in sys.argv[1:]:\n"
+        "    m = keras.saving.load_model(path, safe_mode=True, compile=False)\n"
+        "    o = m.predict(np.zeros((2, *m.input_shape[1:]), 'uint8'), verbose=0)\n"
+        "    print(all(v.shape[0] == 2 for v in o.values()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(SAVED / f"{name}.keras" for name in task.MODELS)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["True"] * len(task.MODELS)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def command(backend, *flags):
+    """Runs the script in a process of its own, as a user does."""
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    script = REPOSITORY / f"{task.SCRIPT}.py"
+    return subprocess.run(
+        [sys.executable, script, *flags], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def clocks_dir(tmp_path_factory):
+    """A data folder with 400 pictures in the course's format."""
+    data_dir = tmp_path_factory.mktemp("data")
+    pictures = clocks.load_clocks(data_dir, 150, 400)
+    (data_dir / "clocks").mkdir()
+    np.save(data_dir / "clocks" / "images.npy", pictures.images)
+    np.save(data_dir / "clocks" / "labels.npy", pictures.labels)
+    return data_dir
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_load_reproduces_the_metrics_of_train(backend, clocks_dir, tmp_path):
+    flags = ["--quick", "--data-dir", clocks_dir, "--output-dir", tmp_path]
+    done = command(backend, "--train", *flags)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "report" / "results" / f"{task.SCRIPT}.json"
+    trained = json.loads(path.read_text())
+    assert set(trained["models"]) == set(task.QUICK_MODELS)
+    path.unlink()
+    done = command(backend, "--load", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "differs" not in done.stdout
+    assert json.loads(path.read_text()) == trained
+    for figure in ("rendered", "predictions", "worst", "hours", "representations", "error_by_time", "learning_curves"):
+        assert (tmp_path / "report" / "figures" / task.SCRIPT / f"{figure}.png").stat().st_size > 10_000
+    card = json.loads((tmp_path / "saved_models" / task.SCRIPT / "best_150.json").read_text())
+    assert card["backend"] == backend
+    assert card["dataset"]["name"] == "course clocks of 150 x 150 pixels"
+    assert card["dataset"]["train"] == 4 * card["dataset"]["test"] == 320
+
+
+def test_experiments_add_rows_and_resume(clocks_dir, tmp_path):
+    flags = ["--experiments", "--quick", "--epochs", "1", "--data-dir", clocks_dir, "--output-dir", tmp_path]
+    for rows in (2, 4):
+        done = command("tensorflow", *flags)
+        assert done.returncode == 0, done.stderr
+        table = (tmp_path / "report" / "results" / f"{task.SCRIPT}_experiments.csv").read_text().splitlines()
+        assert len(table) == rows + 1
+    assert len({row.split(",")[0] for row in table}) == 5
+
+
+def test_predict_answers_good_files_and_names_bad_ones(tmp_path):
+    times = [(hour, 5 * hour + 2) for hour in range(12)]
+    good = []
+    for number, image in enumerate(clocks.render_times(times, 3)[150]):
+        path = tmp_path / f"clock {number}.{'png' if number % 2 else 'jpg'}"
+        picture = Image.fromarray(image)
+        if number % 3 == 0:
+            picture = picture.convert("RGB").resize((400, 400))
+        picture.save(path)
+        good.append(path)
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "half.png").write_bytes(good[1].read_bytes()[:2000])
+    bad = [tmp_path / "text.png", tmp_path / "half.png", tmp_path / "missing.png"]
+    done = command("tensorflow", "--predict", bad[0], *good, *bad[1:])
+    assert done.returncode == 2
+    errors = done.stderr.splitlines()
+    assert [line.startswith("error: ") for line in errors] == [True] * 3
+    assert all(str(path) in line for path, line in zip(bad, errors, strict=True))
+    answers = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
+    assert [path for path, _ in answers] == [str(path) for path in good]
+    predicted = np.array([int(answer[:2]) * 60 + int(answer[3:]) for _, answer in answers])
+    true = np.array([hour * 60 + minute for hour, minute in times])
+    assert np.median(task.common_sense_error(predicted, true)) <= 2
+    assert command("tensorflow", "--predict", good[0]).returncode == 0
+
+
+def test_predict_stands_alone():
+    done = command("tensorflow", "--predict", "clock.png", "--load")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_damaged_course_files_are_one_line(tmp_path):
+    (tmp_path / "clocks").mkdir()
+    (tmp_path / "clocks" / "images.npy").write_bytes(b"broken")
+    done = command("tensorflow", "--load", "--data-dir", tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "images.npy is missing or damaged" in line
