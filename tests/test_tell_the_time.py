@@ -300,17 +300,24 @@ def clocks_dir(tmp_path_factory):
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_load_reproduces_the_metrics_of_train(backend, clocks_dir, tmp_path):
     flags = ["--quick", "--data-dir", clocks_dir, "--output-dir", tmp_path]
+    models = task.QUICK_MODELS
+    if backend == "jax":  # compiles for long on a CPU; one model shows that it works
+        models = ["best_150"]
+        flags += ["--model", *models]
     done = command(backend, "--train", *flags)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "report" / "results" / f"{task.SCRIPT}.json"
     trained = json.loads(path.read_text())
-    assert set(trained["models"]) == set(task.QUICK_MODELS)
+    assert set(trained["models"]) == set(models)
     path.unlink()
     done = command(backend, "--load", *flags)
     assert done.returncode == 0, done.stderr
     assert "differs" not in done.stdout
     assert json.loads(path.read_text()) == trained
-    for figure in ("rendered", "predictions", "worst", "hours", "representations", "error_by_time", "learning_curves"):
+    drawn = ["rendered", "predictions", "worst", "hours"]
+    if len(models) > 1:
+        drawn += ["representations", "error_by_time", "learning_curves"]
+    for figure in drawn:
         assert (tmp_path / "report" / "figures" / task.SCRIPT / f"{figure}.png").stat().st_size > 10_000
     card = json.loads((tmp_path / "saved_models" / task.SCRIPT / "best_150.json").read_text())
     assert card["backend"] == backend
