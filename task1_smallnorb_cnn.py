@@ -453,10 +453,7 @@ def compile_for_training(network, recipe, steps, seed):
 
     learning_rate = recipe.learning_rate
     if recipe.schedule == "cosine":
-        warmup_steps = max(steps // 20, 1)
-        learning_rate = keras.optimizers.schedules.CosineDecay(
-            0.0, max(steps - warmup_steps, 1), warmup_target=recipe.learning_rate, warmup_steps=warmup_steps
-        )
+        learning_rate = runs.cosine_schedule(recipe.learning_rate, steps)
     optimizer = {
         "adam": lambda: keras.optimizers.Adam(learning_rate),
         "adamw": lambda: keras.optimizers.AdamW(learning_rate, weight_decay=recipe.weight_decay),

@@ -486,12 +486,8 @@ def train_network(recipe, split, seed, *, folder, resume, validation=None):
     images = keras.Input((recipe.size, recipe.size), dtype="uint8")
     augmented = ClockAugmentation(seed)(images) if recipe.augment else ops.cast(images, "float32")
     model = keras.Model(images, network(augmented))
-    warmup_steps = max(steps // 20, 1)
-    learning_rate = keras.optimizers.schedules.CosineDecay(
-        0.0, max(steps - warmup_steps, 1), warmup_target=recipe.learning_rate, warmup_steps=warmup_steps
-    )
     model.compile(
-        keras.optimizers.AdamW(learning_rate, weight_decay=1e-2),
+        keras.optimizers.AdamW(runs.cosine_schedule(recipe.learning_rate, steps), weight_decay=1e-2),
         loss={name: head.loss for name, head in representation.heads.items()},
         loss_weights={name: head.weight for name, head in representation.heads.items()},
         # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow; JAX always compiles.

@@ -117,6 +117,14 @@ def fit(model, inputs, targets, *, epochs, batch_size, folder, settings, resume,
     return checkpoint.history, checkpoint.seconds
 
 
+def cosine_schedule(learning_rate, steps):
+    """Returns a Keras learning rate schedule: a twentieth of `steps` up, then a cosine down to 0."""
+    warmup_steps = max(steps // 20, 1)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0, max(steps - warmup_steps, 1), warmup_target=learning_rate, warmup_steps=warmup_steps
+    )
+
+
 def hardware():
     """Returns the processors that the backend computes on, in words (str)."""
     if keras.backend.backend() == "jax":
