@@ -31,13 +31,13 @@ from sklearn.metrics import accuracy_score, confusion_matrix, mean_absolute_erro
 from sklearn.neighbors import KNeighborsClassifier
 
 from common import cli, figures, runs
-from common.datasets import SMALLNORB_ELEVATION_DEGREES, load_smallnorb
+from common.datasets import SMALLNORB_CATEGORIES as CATEGORIES
+from common.datasets import SMALLNORB_ELEVATION_DEGREES, area_average, load_smallnorb
 from common.files import write_json
 
 SCRIPT = "task1_smallnorb_cnn"
 MODELS = ["joint", "category", "elevation"]
 TRAINING_TOYS = (4, 6, 7, 8, 9)
-CATEGORIES = ("animal", "human", "airplane", "truck", "car")
 COMMON_BACKGROUND = 200  # grey level near the mean over the training pictures
 MATTE_WIDTH = 12  # grey levels: how far from the background level a pixel still counts as background
 NUM_SEEDS = 3
@@ -125,33 +125,6 @@ class Pictures(NamedTuple):
     def take(self, indices):
         """Returns the pictures at `indices` (integers, a slice or a mask)."""
         return Pictures(*(array[indices] for array in self))
-
-
-def area_average(images, size):
-    """Shrinks square pictures: each new pixel is the mean of the area it covers, also where that cuts pixels.
-
-    Args:
-        images: uint8 (n, side, side, channels).
-        size: int, at most side.
-
-    Returns:
-        uint8 (n, size, size, channels), rounded.
-    """
-    side = images.shape[1]
-    if size == side:
-        return np.asarray(images)
-    edges = np.arange(size + 1) * side / size
-    pixels = np.arange(side)
-    # overlap[i, j]: how much of the old pixel j lies within the new pixel i
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    weights = (np.clip(overlap, 0, None) * size / side).astype("float32")
-    small = np.empty((len(images), size, size, images.shape[3]), "uint8")
-    for start in range(0, len(images), 1000):  # so that the float copies stay small
-        rows = np.tensordot(
-            images[start : start + 1000].astype("float32"), weights, (1, 1)
-        )  # (n, column, channel, row)
-        small[start : start + 1000] = np.rint(np.tensordot(rows, weights, (1, 1)).transpose(0, 2, 3, 1))
-    return small
 
 
 def prepare(examples, image_size, quick):

@@ -42,8 +42,8 @@ def parser(description, models):
     if len(models) > 1:
         flags.add_argument("--model", choices=models, help="one of the models (default: all)")
     flags.add_argument("--quick", action="store_true", help="a few batches into runs/quick/: proves that it works")
-    flags.add_argument("--epochs", type=_positive, metavar="N", help="passes over the training set")
-    flags.add_argument("--batch-size", type=_positive, metavar="N", help="examples per optimisation step")
+    flags.add_argument("--epochs", type=positive, metavar="N", help="passes over the training set")
+    flags.add_argument("--batch-size", type=positive, metavar="N", help="examples per optimisation step")
     flags.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
     flags.add_argument("--resume", action="store_true", help="go on from the last checkpoint of a stopped --train")
     flags.add_argument(
@@ -87,7 +87,8 @@ def parse(flags, argv=None):
     return arguments
 
 
-def _positive(text):
+def positive(text):
+    """The type of a flag that takes a whole number from 1 on."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")

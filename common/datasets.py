@@ -30,6 +30,9 @@ BATCH_SIZE = 500
 SMALLNORB_ELEVATION_DEGREES = np.arange(30, 75, 5)
 """Camera elevation above the table for the elevation labels 0 to 8 (LeCun, Huang & Bottou 2004, section 2)."""
 
+SMALLNORB_CATEGORIES = ("animal", "human", "airplane", "truck", "car")
+"""Short names of the five classes of smallNORB, in the order of their labels."""
+
 
 class LabelledImages(NamedTuple):
     """Pictures with one label each.
@@ -228,6 +231,33 @@ def load_cifar10(data_dir):
 def load_cifar100(data_dir):
     """CIFAR-100: 50,000 + 10,000 colour pictures in `Cifar100Images`. Otherwise like `load_smallnorb`."""
     return _load(SOURCES["cifar100"], data_dir)
+
+
+def area_average(images, size):
+    """Shrinks square pictures: each new pixel is the mean of the area it covers, also where that cuts pixels.
+
+    Args:
+        images: uint8 (n, side, side, channels).
+        size: int, at most side.
+
+    Returns:
+        uint8 (n, size, size, channels), rounded.
+    """
+    side = images.shape[1]
+    if size == side:
+        return np.asarray(images)
+    edges = np.arange(size + 1) * side / size
+    pixels = np.arange(side)
+    # overlap[i, j]: how much of the old pixel j lies within the new pixel i
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    weights = (np.clip(overlap, 0, None) * size / side).astype("float32")
+    small = np.empty((len(images), size, size, images.shape[3]), "uint8")
+    for start in range(0, len(images), 1000):  # so that the float copies stay small
+        rows = np.tensordot(
+            images[start : start + 1000].astype("float32"), weights, (1, 1)
+        )  # (n, column, channel, row)
+        small[start : start + 1000] = np.rint(np.tensordot(rows, weights, (1, 1)).transpose(0, 2, 3, 1))
+    return small
 
 
 def _load(source, data_dir):

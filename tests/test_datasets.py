@@ -316,3 +316,22 @@ def test_real_smallnorb(real_data_dir):
     assert dataset.class_names[2] == "airplanes"
     manifest = json.loads((real_data_dir / "cache" / "smallnorb" / "manifest.json").read_text())
     assert manifest["sha256"] == dataset.checksums
+
+
+def test_area_average_by_a_whole_factor_is_the_mean_of_blocks():
+    images = np.random.default_rng(0).integers(0, 256, (8, 96, 96, 2), dtype=np.uint8)
+    blocks = images.reshape(8, 48, 2, 48, 2, 2).mean(axis=(2, 4))
+    assert np.abs(datasets.area_average(images, 48) - blocks).max() <= 0.5
+    assert np.array_equal(datasets.area_average(images, 96), images)
+
+
+def test_area_average_by_a_broken_factor_weighs_cut_pixels():
+    images = np.zeros((1, 96, 96, 2), np.uint8)
+    images[0, 1, 0] = 180  # half of this pixel lies within the first of 64 x 64, which is 1.5 x 1.5 pixels large
+    small = datasets.area_average(images, 64)
+    assert small.shape == (1, 64, 64, 2)
+    assert small[0, 0, 0, 0] == round(180 * 0.5 / 1.5**2)
+    assert small[0, 1, 0, 0] == round(180 * 0.5 / 1.5**2)
+    assert small[0, 2:].max() == 0
+    flat = np.full((2, 96, 96, 2), 137, np.uint8)
+    assert np.unique(datasets.area_average(flat, 64)).tolist() == [137]

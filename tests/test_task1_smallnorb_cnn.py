@@ -27,25 +27,6 @@ def random_pairs(count=8, size=48):
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def test_area_average_by_a_whole_factor_is_the_mean_of_blocks():
-    images = random_pairs(size=96)
-    blocks = images.reshape(8, 48, 2, 48, 2, 2).mean(axis=(2, 4))
-    assert np.abs(task.area_average(images, 48) - blocks).max() <= 0.5
-    assert np.array_equal(task.area_average(images, 96), images)
-
-
-def test_area_average_by_a_broken_factor_weighs_cut_pixels():
-    images = np.zeros((1, 96, 96, 2), np.uint8)
-    images[0, 1, 0] = 180  # half of this pixel lies within the first of 64 x 64, which is 1.5 x 1.5 pixels large
-    small = task.area_average(images, 64)
-    assert small.shape == (1, 64, 64, 2)
-    assert small[0, 0, 0, 0] == round(180 * 0.5 / 1.5**2)
-    assert small[0, 1, 0, 0] == round(180 * 0.5 / 1.5**2)
-    assert small[0, 2:].max() == 0
-    flat = np.full((2, 96, 96, 2), 137, np.uint8)
-    assert np.unique(task.area_average(flat, 64)).tolist() == [137]
-
-
 @pytest.mark.parametrize("toy", task.TRAINING_TOYS)
 def test_no_toy_is_on_both_sides_of_a_split(toy):
     count = np.arange(100)

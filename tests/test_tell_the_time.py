@@ -91,11 +91,26 @@ def test_the_minute_hand_refines_what_the_hour_hand_says(coarse, minute, time):
     assert task.common_sense_error(refined, [time]) == 0
 
 
-def test_likeliest_time_across_the_full_hour():
+def test_likeliest_hour_across_the_full_hour():
     probabilities = np.full((2, 24), 0.01)
     probabilities[:, 6] = 0.5  # from 3:00 to 3:29
-    times = task.likeliest(probabilities, np.array([59.0, 1.0]))
+    times = task.likeliest_hour(probabilities, np.array([59.0, 1.0]))
     assert times.tolist() == [179.0, 181.0]  # 2:59 and not 3:59, because 3:00 is the nearer one
+
+
+def test_likeliest_time_weighs_half_hour_and_minute():
+    half_hours = np.full((3, 24), 0.01)
+    half_hours[:, 6] = 0.5  # from 3:00 to 3:29
+    minutes = np.full((3, 60), 0.001)
+    minutes[0, 59] = minutes[1, 10] = 0.9
+    minutes[2, [10, 50]] = 0.4, 0.5  # 3:10 fits the half hour, 3:50 and 2:50 lie far from its middle
+    assert task.likeliest_time(half_hours, minutes).tolist() == [179, 190, 190]
+
+
+def test_interpolation_between_classes_goes_around_the_dial():
+    half_hours = np.eye(24)[:1]  # from 12:00 to 12:29, the middle is 12:15
+    between = task.between_classes(half_hours, np.array([[15, 0, 705, 30, 360]]))
+    assert between.tolist() == [[1.0, 0.5, 0.0, 0.5, 0.0]]
 
 
 def test_periodic_loss_knows_no_twelve_o_clock():
