@@ -7,7 +7,7 @@ demo: .venv/.run  ## restore the main model, measure it on the test pictures, dr
 	$(BIN)/python task1_smallnorb_cnn.py --load
 
 test: lint  ## lint and the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -18,6 +18,7 @@ bench: .venv/.run  ## how fast --train feeds its network, beside a bare model.fi
 
 figures: .venv/.run  ## every figure and result again from the saved models
 	$(BIN)/python task1_smallnorb_cnn.py --load
+	$(BIN)/python task2_diffusion.py --load
 	$(BIN)/python tell_the_time.py --load
 
 numbers: .venv/.run  ## put the numbers of report/results/*.json into README.md and the reports

@@ -255,7 +255,7 @@ def print_metrics(measured, card=None):
         card: dict, the card of the model; its `metrics["test"]` is what was recorded. Or None.
     """
     width = max(len(name) for name in measured)
-    recorded = card["metrics"]["test"] if card else {}
+    recorded = card["metrics"].get("test", {}) if card else {}
     tolerance = 5e-5
     if card and (card["backend"], card["precision"]) != (keras.backend.backend(), fast_precision()):
         tolerance = 0.005

@@ -56,7 +56,7 @@ def test_unknown_flag_is_one_line(script):
 def test_no_data_and_no_network_is_one_line(script, tmp_path):
     # A proxy that nobody runs makes every machine one without a network.
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    line = error_line(run(script, "--load", "--data-dir", tmp_path, **proxies))
+    line = error_line(run(script, "--load", "--data-dir", tmp_path, "--output-dir", tmp_path, **proxies))
     assert "by hand into" in line
     assert str(tmp_path) in line
 
