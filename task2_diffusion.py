@@ -551,21 +551,18 @@ def to_grey(pictures):
     return np.rint((np.clip(pictures[..., 0], -1, 1) + 1) * 127.5).astype("uint8")
 
 
-def draw_samples(network, target, category, elevation, sampling, seed=0, noise=None):
+def draw_samples(sampler, category, elevation, seed=0, noise=None):
     """Draws one picture for each label.
 
     Args:
-        network: what `build_network` or `runs.load_model` returned.
-        target: "velocity" or "noise", what it predicts.
+        sampler: `Sampler`. It compiles its loop once, so draw everything with the same one.
         category, elevation: integers (n,), 0 to 4 and 0 to 8.
-        sampling: `Sampling`.
         seed: int, of all noise.
         noise: float32 (n, 48, 48, 1) to start from, or None for noise of that seed.
 
     Returns:
         uint8 (n, 48, 48).
     """
-    sampler = Sampler(runs.for_prediction(network), target, sampling)
     inputs = sampler_inputs(category, elevation, seed, noise)
     return to_grey(sampler.predict(inputs, batch_size=PREDICT_BATCH_SIZE, verbose=0))
 
@@ -656,29 +653,29 @@ class Judgement(NamedTuple):
     Attributes:
         metrics: dict from "train", "validation" and "test" to the metrics against those pictures (dict of float).
         references: dict from a name to the same metrics of pictures that no diffusion model drew.
+        judge_metrics: dict from "train", "validation" and "test" to what the judge gets right there (dict of float).
         images: uint8 (n, 48, 48), the samples.
         asked, seen: integers (n,), the categories asked for and seen.
         neighbour_distances: dict from "samples", "validation" and "test" to how far the nearest training picture
             is, in grey levels (n,).
         nearest: int (n,), the training picture that each sample is most like.
-        seconds: float, what drawing took.
     """
 
     metrics: dict
     references: dict
+    judge_metrics: dict
     images: np.ndarray
     asked: np.ndarray
     seen: np.ndarray
     neighbour_distances: dict
     nearest: np.ndarray
-    seconds: float
 
 
-def judge_samples(network, target, judge, feature_network, pictures, seed, count):
+def judge_samples(sampler, judge, feature_network, pictures, seed, count):
     """Draws samples and compares them with real pictures.
 
     Args:
-        network, target: the diffusion network and what it predicts.
+        sampler: `Sampler`.
         judge: the trained judge.
         feature_network: what `load_feature_network` returned.
         pictures: dict of `Pictures` of "train", "validation" and "test".
@@ -689,9 +686,7 @@ def judge_samples(network, target, judge, feature_network, pictures, seed, count
         `Judgement`.
     """
     category, elevation = every_label(count)
-    started = clock.time()
-    images = draw_samples(network, target, category, elevation, FINAL_SAMPLING, seed)
-    seconds = clock.time() - started
+    images = draw_samples(sampler, category, elevation, seed)
     judge = runs.for_prediction(judge)
     agreed, seen, _ = agreement(judge, images, category, elevation)
     real = {part: extract_features(feature_network, some.images) for part, some in pictures.items()}
@@ -721,13 +716,14 @@ def judge_samples(network, target, judge, feature_network, pictures, seed, count
         ),
         "noise": distances(extract_features(feature_network, noise), real["test"]),
     }
-    for part, some in pictures.items():
-        name = f"{part}_pictures"
-        references.setdefault(name, {})
-        references[name] |= agreement(judge, some.images, some.category, some.elevation)[0]
+    judge_metrics = {
+        part: agreement(judge, some.images, some.category, some.elevation)[0] for part, some in pictures.items()
+    }
+    for part, right in judge_metrics.items():
+        references[f"{part}_pictures"] = references.get(f"{part}_pictures", {}) | right
     for part in ("validation", "test"):
         references[f"{part}_pictures"]["neighbour_grey_levels"] = float(np.median(neighbour_distances[part]))
-    return Judgement(measured, references, images, category, seen, neighbour_distances, nearest, seconds)
+    return Judgement(measured, references, judge_metrics, images, category, seen, neighbour_distances, nearest)
 
 
 # --------------------------------------------------------------------------------------------------------- experiments
@@ -786,7 +782,8 @@ def run_experiments(arguments):
             network, card = runs.load_model(folder / "diffusion.keras")
             recipe = Recipe(**card["recipe"])
             sampling = SAMPLING_EXPERIMENTS[name]
-        images = draw_samples(network, recipe.target, category, elevation, sampling, arguments.seed)
+        sampler = Sampler(runs.for_prediction(network), recipe.target, sampling)
+        images = draw_samples(sampler, category, elevation, arguments.seed)
         measured = distances(extract_features(feature_network, images), real_features)
         measured |= agreement(judge, images, category, elevation)[0]
         settings = {"name": name, "seed": arguments.seed, **dataclasses.asdict(recipe), **dataclasses.asdict(sampling)}
@@ -812,10 +809,10 @@ def with_flags(recipe, arguments):
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def draw_all_orders(network, target, seed, folder):
+def draw_all_orders(sampler, seed, folder):
     """One sample for each pair of category and elevation, the first ones of the seed."""
     category, elevation = np.divmod(np.arange(len(CATEGORIES) * len(DEGREES)), len(DEGREES))
-    images = draw_samples(network, target, category, elevation, FINAL_SAMPLING, seed)
+    images = draw_samples(sampler, category, elevation, seed)
     figure, axes = plt.subplots(len(CATEGORIES), len(DEGREES), figsize=(10, 6))
     for panel, image, kind, height in zip(axes.flat, images, category, elevation, strict=True):
         figures.picture(panel, image, f"{CATEGORIES[kind]}, {DEGREES[height]}°")
@@ -823,10 +820,10 @@ def draw_all_orders(network, target, seed, folder):
     return figures.save(figure, folder / "samples.png")
 
 
-def draw_the_way(network, target, seed, folder):
+def draw_the_way(sampler, seed, folder):
     """One order per category on its way out of the noise."""
     steps, shown = 20, (0, 4, 8, 10, 12, 14, 16, 18, 20)
-    sampler = Sampler(runs.for_prediction(network), target, Sampling(steps=steps))
+    sampler = Sampler(sampler.network, sampler.target, Sampling(steps=steps))
     inputs = sampler_inputs(np.arange(len(CATEGORIES)), np.full(len(CATEGORIES), 3), seed)
     inputs = {name: ops.convert_to_tensor(values) for name, values in inputs.items()}
     noisy = inputs["noise"]
@@ -842,7 +839,7 @@ def draw_the_way(network, target, seed, folder):
     return figures.save(figure, folder / "denoising.png")
 
 
-def draw_interpolations(network, target, seed, folder):
+def draw_interpolations(sampler, seed, folder):
     """From one noise to another with the same order, and the same noise with other orders."""
     generator = np.random.default_rng(seed)
     columns = len(DEGREES)
@@ -852,10 +849,10 @@ def draw_interpolations(network, target, seed, folder):
     noise = np.concatenate([np.cos(angle) * a + np.sin(angle) * b for a, b in zip(first, second, strict=True)])
     category = np.repeat(np.arange(len(CATEGORIES)), columns)
     elevation = np.full(len(category), 3)
-    between = draw_samples(network, target, category, elevation, FINAL_SAMPLING, seed, noise)
+    between = draw_samples(sampler, category, elevation, seed, noise)
     every_elevation = np.tile(np.arange(columns), len(CATEGORIES))
     same_noise = np.repeat(first, columns, axis=0)
-    risen = draw_samples(network, target, category, every_elevation, FINAL_SAMPLING, seed, same_noise)
+    risen = draw_samples(sampler, category, every_elevation, seed, same_noise)
     figure = plt.figure(figsize=(10, 11.4))
     for part, images, title in zip(
         figure.subfigures(2, 1),
@@ -1038,12 +1035,6 @@ def train(arguments):
     return set(names)
 
 
-def judge_metrics(judge, pictures):
-    """Returns what the judge gets right on real pictures: dict from "train", "validation" and "test" to metrics."""
-    fast = runs.for_prediction(judge)
-    return {part: agreement(fast, some.images, some.category, some.elevation)[0] for part, some in pictures.items()}
-
-
 def report(arguments, trained=()):
     """Restores the saved networks, draws and judges samples, writes results and figures.
 
@@ -1055,20 +1046,20 @@ def report(arguments, trained=()):
     print(f"models from {folder}")
     network, card = runs.load_model(folder / "diffusion.keras")
     judge, judge_card = runs.load_model(folder / "judge.keras")
-    target = card["recipe"]["target"]
+    sampler = Sampler(runs.for_prediction(network), card["recipe"]["target"], FINAL_SAMPLING)
     drawings = arguments.output_dir / "report" / "figures" / SCRIPT
     written = [
-        draw_all_orders(network, target, arguments.seed, drawings),
-        draw_the_way(network, target, arguments.seed, drawings),
-        draw_interpolations(network, target, arguments.seed, drawings),
+        draw_all_orders(sampler, arguments.seed, drawings),
+        draw_the_way(sampler, arguments.seed, drawings),
+        draw_interpolations(sampler, arguments.seed, drawings),
         draw_learning_curves(card, drawings),
     ]
     pictures, checksums = load_pictures(arguments.data_dir, arguments.quick)
     count = QUICK_JUDGED if arguments.quick else NUM_JUDGED
     print(f"drawing and judging {count:,} samples")
     feature_network = load_feature_network(arguments.output_dir)
-    judgement = judge_samples(network, target, judge, feature_network, pictures, arguments.seed, count)
-    measured = {"diffusion": judgement.metrics, "judge": judge_metrics(judge, pictures)}
+    judgement = judge_samples(sampler, judge, feature_network, pictures, arguments.seed, count)
+    measured = {"diffusion": judgement.metrics, "judge": judgement.judge_metrics}
     cards = {"diffusion": card, "judge": judge_card}
     for name, restored in (("diffusion", network), ("judge", judge)):
         if name in trained:
@@ -1159,7 +1150,8 @@ def draw_to_order(arguments):
         arguments.steps or FINAL_SAMPLING.steps,
         FINAL_SAMPLING.guidance if arguments.guidance is None else arguments.guidance,
     )
-    images = draw_samples(network, card["recipe"]["target"], category, elevation, sampling, arguments.seed)
+    sampler = Sampler(runs.for_prediction(network), card["recipe"]["target"], sampling)
+    images = draw_samples(sampler, category, elevation, arguments.seed)
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     mosaic = np.full((rows * columns, IMAGE_SIZE, IMAGE_SIZE), 255, "uint8")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,30 @@ import pytest
 from common import datasets
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def run_script(script, backend, *flags):
+    """Runs a script in a process of its own, as a user does. Returns the `subprocess.CompletedProcess`."""
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    return subprocess.run(
+        [sys.executable, REPOSITORY / f"{script}.py", *flags],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def run_elsewhere(code, folder, *arguments, **environment):
+    """Runs Python `code` in `folder` with none of our modules on the path. Returns what it prints; it must succeed."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env={**os.environ, **environment, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
 
 
 @pytest.fixture(scope="session")

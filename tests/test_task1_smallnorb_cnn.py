@@ -3,14 +3,11 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_elsewhere, run_script
 
 import task1_smallnorb_cnn as task
 from common import runs
@@ -241,14 +238,7 @@ def test_experiments_change_one_factor_each():
 
 def command(backend, data_dir, output_dir, *flags):
     """Runs the script in a process of its own, as a user does."""
-    environment = {**os.environ, "KERAS_BACKEND": backend}
-    return subprocess.run(
-        [sys.executable, REPOSITORY / f"{task.SCRIPT}.py", *flags, "--data-dir", data_dir, "--output-dir", output_dir],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    return run_script(task.SCRIPT, backend, *flags, "--data-dir", data_dir, "--output-dir", output_dir)
 
 
 @pytest.fixture(scope="module", params=["tensorflow", "jax"])
@@ -293,16 +283,10 @@ def test_stock_keras_opens_the_saved_models_from_an_empty_directory(quick, tmp_p
         "o = m.predict(np.zeros((2, 48, 48, 2), 'uint8'), verbose=0); print({k: v.shape for k, v in o.items()})"
     )
     for model in task.MODELS:
-        done = subprocess.run(
-            [sys.executable, "-c", code, output_dir / "saved_models" / task.SCRIPT / f"{model}.keras"],
-            cwd=tmp_path,
-            env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ("'category': (2, 5)" in done.stdout) == (model != "elevation")
-        assert ("'elevation': (2, 1)" in done.stdout) == (model != "category")
+        path = output_dir / "saved_models" / task.SCRIPT / f"{model}.keras"
+        printed = run_elsewhere(code, tmp_path, path, KERAS_BACKEND=backend)
+        assert ("'category': (2, 5)" in printed) == (model != "elevation")
+        assert ("'elevation': (2, 1)" in printed) == (model != "category")
 
 
 def test_resume_after_the_end_only_evaluates_again(quick, fake_data_dir):

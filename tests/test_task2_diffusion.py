@@ -1,16 +1,14 @@
 """The diffusion script: its schedule, samplers and judgement, and its command line on both backends."""
 
 import dataclasses
+import functools
 import json
 import math
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_elsewhere, run_script
 from keras import ops
 
 import task2_diffusion as task
@@ -128,18 +126,19 @@ def test_ddim_is_decided_by_the_noise_and_ddpm_is_not(tiny_network):
     category, elevation = task.every_label(4)
     noise = GENERATOR.standard_normal((4, 48, 48, 1)).astype("float32")
 
-    def draw(sampler, seed):
-        sampling = task.Sampling(sampler, steps=3, guidance=1.0)
-        return task.draw_samples(tiny_network, "velocity", category, elevation, sampling, seed, noise)
+    def draw(name):
+        sampler = task.Sampler(tiny_network, "velocity", task.Sampling(name, steps=3, guidance=1.0))
+        return [task.draw_samples(sampler, category, elevation, seed, noise) for seed in (0, 1)]
 
-    assert np.array_equal(draw("ddim", 0), draw("ddim", 1))
-    assert not np.array_equal(draw("ddpm", 0), draw("ddpm", 1))
+    assert np.array_equal(*draw("ddim"))
+    assert not np.array_equal(*draw("ddpm"))
 
 
 def test_samples_depend_on_the_order(tiny_network):
     noise = np.repeat(GENERATOR.standard_normal((1, 48, 48, 1)).astype("float32"), 3, axis=0)
     category, elevation = np.array([0, 1, 0]), np.array([0, 0, 1])
-    images = task.draw_samples(tiny_network, "velocity", category, elevation, task.Sampling(steps=3), noise=noise)
+    sampler = task.Sampler(tiny_network, "velocity", task.Sampling(steps=3))
+    images = task.draw_samples(sampler, category, elevation, noise=noise)
     assert images.dtype == np.uint8
     assert not np.array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])
@@ -255,27 +254,14 @@ def test_stock_keras_opens_the_saved_models_from_an_empty_directory(tmp_path):
         " 'elevation': one}).shape)\n"
         "print(judge(np.zeros((2, 48, 48)))['category'].shape)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *(SAVED / f"{name}.keras" for name in task.MODELS)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines() == ["(2, 48, 48, 1)", "(2, 5)"]
+    printed = run_elsewhere(code, tmp_path, *(SAVED / f"{name}.keras" for name in task.MODELS))
+    assert printed.splitlines() == ["(2, 48, 48, 1)", "(2, 5)"]
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def command(backend, *flags):
-    """Runs the script in a process of its own, as a user does."""
-    environment = {**os.environ, "KERAS_BACKEND": backend}
-    script = REPOSITORY / f"{task.SCRIPT}.py"
-    return subprocess.run(
-        [sys.executable, script, *flags], capture_output=True, text=True, env=environment, check=False
-    )
+command = functools.partial(run_script, task.SCRIPT)
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])

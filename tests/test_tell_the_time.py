@@ -1,15 +1,13 @@
 """The clock-reading script: representations, network, and its command line on both backends."""
 
 import dataclasses
+import functools
 import json
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_elsewhere, run_script
 from PIL import Image
 
 import tell_the_time as task
@@ -278,27 +276,14 @@ def test_stock_keras_opens_the_saved_models_from_an_empty_directory(tmp_path):
         "    o = m.predict(np.zeros((2, *m.input_shape[1:]), 'uint8'), verbose=0)\n"
         "    print(all(v.shape[0] == 2 for v in o.values()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *(SAVED / f"{name}.keras" for name in task.MODELS)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == ["True"] * len(task.MODELS)
+    printed = run_elsewhere(code, tmp_path, *(SAVED / f"{name}.keras" for name in task.MODELS))
+    assert printed.split() == ["True"] * len(task.MODELS)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def command(backend, *flags):
-    """Runs the script in a process of its own, as a user does."""
-    environment = {**os.environ, "KERAS_BACKEND": backend}
-    script = REPOSITORY / f"{task.SCRIPT}.py"
-    return subprocess.run(
-        [sys.executable, script, *flags], capture_output=True, text=True, env=environment, check=False
-    )
+command = functools.partial(run_script, task.SCRIPT)
 
 
 @pytest.fixture(scope="module")
