@@ -42,7 +42,6 @@ COMMON_BACKGROUND = 200  # grey level near the mean over the training pictures
 MATTE_WIDTH = 12  # grey levels: how far from the background level a pixel still counts as background
 NUM_SEEDS = 3
 PREDICT_BATCH_SIZE = 256
-STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python, which cost a tenth of the time otherwise
 QUICK_PICTURES = 320
 KNOWN_RESULTS = """\
 Category accuracy others report on this split: plain CNN 94.8 %, capsules with EM routing 98.2 %, 98.6 % with several
@@ -438,9 +437,7 @@ def compile_for_training(network, recipe, steps, seed):
         loss={head: losses[head] for head in heads},
         loss_weights={head: weights[head] for head in heads},
         metrics={head: metrics[head] for head in heads},
-        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow; JAX always compiles.
-        jit_compile="auto" if keras.backend.backend() == "jax" else False,
-        steps_per_execution=min(STEPS_PER_EXECUTION, steps),
+        **runs.compile_options(steps),
     )
     return model
 
@@ -471,13 +468,9 @@ def train_network(recipe, pictures, seed, *, folder, resume, held_out=None):
     """
     keras.utils.set_random_seed(seed)
     steps_per_epoch = math.ceil(len(pictures.images) / recipe.batch_size)
-    precision = runs.fast_precision()
-    keras.config.set_dtype_policy(precision)
-    try:
+    with runs.building_for_speed() as precision:
         network = build_network(recipe)
         model = compile_for_training(network, recipe, steps_per_epoch * recipe.epochs, seed)
-    finally:
-        keras.config.set_dtype_policy("float32")
     callbacks = []
     if recipe.schedule == "plateau":
         callbacks.append(keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.3, patience=0))
@@ -1018,11 +1011,13 @@ def report(arguments, dataset):
     """Restores the saved models, measures them on the test pictures, writes results and figures."""
     folder = runs.saved_models_folder(arguments.output_dir, SCRIPT)
     print(f"models from {folder}")
+    names = [arguments.model] if arguments.model else MODELS
+    restored = {model: runs.load_model(folder / f"{model}.keras") for model in names}
     test = prepare(dataset.test, FINAL.image_size, arguments.quick)
     versions = background_versions(test.images)
     cards, measured, predictions = {}, {}, {}
-    for model in [arguments.model] if arguments.model else MODELS:
-        network, cards[model] = runs.load_model(folder / f"{model}.keras")
+    for model, (network, card) in restored.items():
+        cards[model] = card
         measured[model], predictions[model] = evaluate(network, test, versions)
         print(f"\n{model}: {cards[model]['parameters']['total']:,} parameters")
         runs.print_metrics(measured[model], cards[model])

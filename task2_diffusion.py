@@ -6,7 +6,7 @@ a time. The method is that of Ho, Jain & Abbeel 2020 (DDPM) and Song, Meng & Erm
 with the velocity of Salimans & Ho 2022 and the classifier-free guidance of Ho & Salimans 2022.
 
     python task2_diffusion.py --train             trains the network and its judge, draws and judges samples
-    python task2_diffusion.py --load              restores the saved networks: same figures, same metrics, in 20 minutes
+    python task2_diffusion.py --load              restores the saved networks: same figures and metrics, in half an hour
     python task2_diffusion.py --experiments       the comparison behind the choices
     python task2_diffusion.py --load --category airplane --elevation 30 --samples 64    draws to order, needs no data
 
@@ -37,20 +37,21 @@ from common.datasets import area_average, load_smallnorb
 from common.files import replacing, write_json
 
 SCRIPT = "task2_diffusion"
-MODELS = ["diffusion", "judge"]
+MODELS = ["network", "judge"]
 FEATURE_SCRIPT, FEATURE_MODEL, FEATURE_LAYER = "task1_smallnorb_cnn", "joint", "features"  # the space of the distances
 IMAGE_SIZE = 48
 PATCH = 2  # pixels: the network works on patches of 2 x 2, a quarter of the cost
 ANY_CATEGORY, ANY_ELEVATION = len(CATEGORIES), len(DEGREES)  # labels that withhold the answer
+GREY_MEAN, GREY_DEVIATION = 192, 45  # grey levels: mean and standard deviation of the training pictures, rounded
 CONDITION_WIDTH = 128  # numbers that tell every block how noisy the picture is and what it shows
 CONDITION_DROPOUT = 0.1  # how often the network is not told what it sees (Ho & Salimans 2022, section 3.2)
 SIGNAL_AT_END = 0.02  # what is left of the picture where drawing starts; at 0 nothing could be divided by it
 NUM_JUDGED = 10_000  # samples
 SPLIT_SEED = 2024
 PREDICT_BATCH_SIZE = 256
-STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python
 QUICK_PICTURES = 320
 QUICK_JUDGED = 45
+QUICK_STEPS = 3  # of drawing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Recipe:
     """What the experiments on the training vary; the defaults are their baseline.
 
     Attributes:
+        standardized: whether black and white are not -1 and 1, but as far apart as gives the pictures mean 0 and
+            standard deviation 1, like the noise. That decides how soon they drown in it (Chen 2023, "On the importance
+            of noise scheduling for diffusion models").
         widths: filters at 24, 12 and 6 patches a side.
         blocks: residual blocks a resolution, as many on the way down as on the way up.
         attention: whether the coarsest resolution has self-attention.
@@ -69,6 +73,7 @@ class Recipe:
         epochs: passes over the training pictures.
     """
 
+    standardized: bool = False
     widths: tuple = (48, 96, 160)
     blocks: int = 1
     attention: bool = True
@@ -77,7 +82,7 @@ class Recipe:
     average: float = 0.99
     learning_rate: float = 2e-3
     batch_size: int = 64
-    epochs: int = 6
+    epochs: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +93,14 @@ class Sampling:
         sampler: "ddim" (the same noise always becomes the same picture) or "ddpm" (fresh noise at every step).
         steps: int.
         guidance: float; 0 ignores the labels, 1 obeys them, more overdoes it.
+        spacing: float; the steps end at times (1 - number / steps) ** spacing: 1 for steps of the same length, more for
+            steps that get shorter as the picture gets clearer.
     """
 
-    sampler: str = "ddim"
-    steps: int = 20
+    sampler: str = "ddpm"
+    steps: int = 30
     guidance: float = 2.0
+    spacing: float = 2.0
 
 
 FINAL_SAMPLING = Sampling()
@@ -182,11 +190,28 @@ def clean_picture(target, noisy, prediction, signal_rate, noise_rate):
     return (noisy - noise_rate * prediction) / signal_rate
 
 
+def middle_and_unit(recipe):
+    """The grey level that counts as 0, and how many grey levels make 1."""
+    return (GREY_MEAN, GREY_DEVIATION) if recipe.standardized else (127.5, 127.5)
+
+
+def to_picture(images, recipe):
+    """Returns float32 (n, 48, 48, 1) around 0 for images (n, 48, 48) in the uint8 range."""
+    middle, unit = middle_and_unit(recipe)
+    return (ops.cast(images, "float32")[..., None] - middle) / unit
+
+
+def to_grey(pictures, recipe):
+    """Returns uint8 (n, 48, 48) for pictures (n, 48, 48, 1): `to_picture` backwards."""
+    middle, unit = middle_and_unit(recipe)
+    return np.rint(np.clip(pictures[..., 0] * unit + middle, 0, 255)).astype("uint8")
+
+
 class AddNoise(layers.Layer):
     """Makes an exercise for the network out of pictures: noise is added, and sometimes the labels are withheld.
 
     Args:
-        target: "velocity" or "noise".
+        recipe: `Recipe`.
         seed: int.
 
     Call arguments:
@@ -198,19 +223,19 @@ class AddNoise(layers.Layer):
         the network should predict, like the noisy pictures.
     """
 
-    def __init__(self, target, seed, **keywords):
+    def __init__(self, recipe, seed, **keywords):
         super().__init__(**keywords)
-        self.target = target
+        self.recipe = recipe
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     def call(self, images, category, elevation):
         count = ops.shape(images)[0]
-        picture = ops.cast(images, "float32")[..., None] / 127.5 - 1
+        picture = to_picture(images, self.recipe)
         time = keras.random.uniform((count, 1), seed=self.seed_generator)
         signal_rate, noise_rate = rates(time[:, :, None, None])
         noise = keras.random.normal(ops.shape(picture), seed=self.seed_generator)
         noisy = signal_rate * picture + noise_rate * noise
-        wanted = noise if self.target == "noise" else signal_rate * noise - noise_rate * picture
+        wanted = noise if self.recipe.target == "noise" else signal_rate * noise - noise_rate * picture
         withheld = keras.random.uniform((count,), seed=self.seed_generator) < CONDITION_DROPOUT
         category = ops.where(withheld, ANY_CATEGORY, category)
         elevation = ops.where(withheld, ANY_ELEVATION, elevation)
@@ -247,9 +272,9 @@ def build_network(recipe):
         recipe: `Recipe`.
 
     Returns:
-        Functional `keras.Model` of built-in layers. Inputs, a dict: `noisy` (n, 48, 48, 1), pictures from -1 to 1 with
-        noise; `time` (n, 1), 0 to 1; `category` (n,) integers, 0 to 4, or 5 for any; `elevation` (n,) integers, 0 to 8
-        for 30 to 70 degrees, or 9 for any. Output: velocity or noise (n, 48, 48, 1), as the recipe says.
+        Functional `keras.Model` of built-in layers. Inputs, a dict: `noisy` (n, 48, 48, 1), what `to_picture` returns,
+        with noise; `time` (n, 1), 0 to 1; `category` (n,) integers, 0 to 4, or 5 for any; `elevation` (n,) integers, 0
+        to 8 for 30 to 70 degrees, or 9 for any. Output: velocity or noise (n, 48, 48, 1), as the recipe says.
     """
     noisy = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 1), name="noisy")
     time = keras.Input((1,), name="time")
@@ -344,23 +369,6 @@ def build_judge():
 JUDGE_EPOCHS = 6
 
 
-def build_in_fast_precision(build, *arguments):
-    """Returns `build(*arguments)`, a network that computes as `runs.fast_precision` says, with weights in float32."""
-    keras.config.set_dtype_policy(runs.fast_precision())
-    try:
-        return build(*arguments)
-    finally:
-        keras.config.set_dtype_policy("float32")
-
-
-def fit_keywords(steps):
-    return {
-        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow; JAX always compiles.
-        "jit_compile": "auto" if keras.backend.backend() == "jax" else False,
-        "steps_per_execution": min(STEPS_PER_EXECUTION, steps),
-    }
-
-
 def training_inputs(pictures):
     """Returns `pictures` as the dict that an `Exercise` is fitted on."""
     return {
@@ -387,19 +395,20 @@ def train_network(recipe, pictures, seed, *, folder, resume, validation=None):
     """
     keras.utils.set_random_seed(seed)
     steps = math.ceil(len(pictures.images) / recipe.batch_size) * recipe.epochs
-    network = build_in_fast_precision(build_network, recipe)
+    with runs.building_for_speed() as precision:
+        network = build_network(recipe)
     inputs = {
         "images": keras.Input((IMAGE_SIZE, IMAGE_SIZE), dtype="uint8", name="images"),
         "category": keras.Input((), dtype="int32", name="category"),
         "elevation": keras.Input((), dtype="int32", name="elevation"),
     }
-    noisy, time, category, elevation, wanted = AddNoise(recipe.target, seed)(**inputs)
+    noisy, time, category, elevation, wanted = AddNoise(recipe, seed)(**inputs)
     told = {"noisy": noisy, "time": time, "category": category, "elevation": elevation}
     model = Exercise(inputs, (network(told), wanted))
     model.squared = recipe.loss == "mse"
     schedule = runs.cosine_schedule(recipe.learning_rate, steps)
     averaging = {"use_ema": True, "ema_momentum": recipe.average} if recipe.average else {}
-    model.compile(keras.optimizers.AdamW(schedule, weight_decay=1e-3, **averaging), **fit_keywords(steps))
+    model.compile(keras.optimizers.AdamW(schedule, weight_decay=1e-3, **averaging), **runs.compile_options(steps))
     curves, seconds = runs.fit(
         model,
         training_inputs(pictures),
@@ -411,7 +420,7 @@ def train_network(recipe, pictures, seed, *, folder, resume, validation=None):
         settings={
             "recipe": {**dataclasses.asdict(recipe), "widths": list(recipe.widths)},
             "seed": seed,
-            "precision": runs.fast_precision(),
+            "precision": precision,
         },
         resume=resume,
     )
@@ -427,7 +436,8 @@ def train_judge(pictures, seed, *, epochs, batch_size, folder, resume, validatio
     """Trains the judge. Arguments and results as `train_network`."""
     keras.utils.set_random_seed(seed)
     steps = math.ceil(len(pictures.images) / batch_size) * epochs
-    judge = build_in_fast_precision(build_judge)
+    with runs.building_for_speed() as precision:
+        judge = build_judge()
     images = keras.Input((IMAGE_SIZE, IMAGE_SIZE))
     moved = layers.RandomTranslation(0.05, 0.05, seed=seed)(images[..., None])[..., 0]
     model = keras.Model(images, judge(moved))
@@ -435,7 +445,7 @@ def train_judge(pictures, seed, *, epochs, batch_size, folder, resume, validatio
         keras.optimizers.AdamW(runs.cosine_schedule(3e-3, steps), weight_decay=1e-2),
         loss=dict.fromkeys(judge.output, "sparse_categorical_crossentropy"),
         metrics=dict.fromkeys(judge.output, "accuracy"),
-        **fit_keywords(steps),
+        **runs.compile_options(steps),
     )
 
     def targets(pictures):
@@ -449,7 +459,7 @@ def train_judge(pictures, seed, *, epochs, batch_size, folder, resume, validatio
         epochs=epochs,
         batch_size=batch_size,
         folder=folder,
-        settings={"model": "judge", "seed": seed, "precision": runs.fast_precision()},
+        settings={"model": "judge", "seed": seed, "precision": precision},
         resume=resume,
     )
     full_precision = build_judge()
@@ -479,7 +489,7 @@ class Sampler(keras.Model):
 
     Args:
         network: what `build_network` returned, or a restored one.
-        target: "velocity" or "noise", what the network predicts.
+        recipe: `Recipe`, which the network was trained by.
         sampling: `Sampling`.
 
     Call arguments:
@@ -487,12 +497,12 @@ class Sampler(keras.Model):
             and `seed` (n,) integers, of which the first one decides on all fresh noise of the batch.
 
     Returns:
-        float32 (n, 48, 48, 1), -1 to 1.
+        float32 (n, 48, 48, 1), as `to_picture` returns them.
     """
 
-    def __init__(self, network, target, sampling):
+    def __init__(self, network, recipe, sampling):
         super().__init__()
-        self.network, self.target, self.sampling = network, target, sampling
+        self.network, self.recipe, self.sampling = network, recipe, sampling
 
     def predict_target(self, noisy, time, category, elevation):
         """What the network predicts, pushed away from what it would predict for any toy (Ho & Salimans 2022, eq. 6)."""
@@ -510,14 +520,20 @@ class Sampler(keras.Model):
         return for_any + self.sampling.guidance * (ask(category, elevation) - for_any)
 
     def step(self, number, noisy, inputs):
-        """Returns less noisy pictures: from time 1 - number / steps to the next one, which is 0 in the end."""
-        steps = self.sampling.steps
-        time = 1 - ops.cast(number, "float32") / steps
+        """Returns less noisy pictures: those at the end of step `number`, 0 for the first one."""
+
+        def time_after(number):
+            left = ops.maximum(1 - ops.cast(number, "float32") / self.sampling.steps, 0.0)
+            return ops.power(left, self.sampling.spacing)
+
+        time = time_after(number)
         signal_rate, noise_rate = rates(time)
-        next_signal_rate, next_noise_rate = rates(ops.maximum(time - 1 / steps, 0.0))
+        next_signal_rate, next_noise_rate = rates(time_after(number + 1))
         prediction = self.predict_target(noisy, time, inputs["category"], inputs["elevation"])
         # Nothing is darker than black or lighter than white.
-        picture = ops.clip(clean_picture(self.target, noisy, prediction, signal_rate, noise_rate), -1, 1)
+        picture = clean_picture(self.recipe.target, noisy, prediction, signal_rate, noise_rate)
+        middle, unit = middle_and_unit(self.recipe)
+        picture = ops.clip(picture, (0 - middle) / unit, (255 - middle) / unit)
         noise = (noisy - signal_rate * picture) / noise_rate
         if self.sampling.sampler == "ddim":
             return next_signal_rate * picture + next_noise_rate * noise
@@ -546,11 +562,6 @@ def sampler_inputs(category, elevation, seed, noise=None):
     }
 
 
-def to_grey(pictures):
-    """Returns uint8 (n, 48, 48), 0 to 255, for float (n, 48, 48, 1), -1 to 1."""
-    return np.rint((np.clip(pictures[..., 0], -1, 1) + 1) * 127.5).astype("uint8")
-
-
 def draw_samples(sampler, category, elevation, seed=0, noise=None):
     """Draws one picture for each label.
 
@@ -564,7 +575,7 @@ def draw_samples(sampler, category, elevation, seed=0, noise=None):
         uint8 (n, 48, 48).
     """
     inputs = sampler_inputs(category, elevation, seed, noise)
-    return to_grey(sampler.predict(inputs, batch_size=PREDICT_BATCH_SIZE, verbose=0))
+    return to_grey(sampler.predict(inputs, batch_size=PREDICT_BATCH_SIZE, verbose=0), sampler.recipe)
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -728,9 +739,10 @@ def judge_samples(sampler, judge, feature_network, pictures, seed, count):
 
 # --------------------------------------------------------------------------------------------------------- experiments
 
-BASELINE = Recipe(epochs=4)
+BASELINE = Recipe()
 TRAINING_EXPERIMENTS = {
     "baseline": BASELINE,
+    "standardised pictures": dataclasses.replace(BASELINE, standardized=True),
     "noise instead of velocity": dataclasses.replace(BASELINE, target="noise"),
     "absolute instead of squared error": dataclasses.replace(BASELINE, loss="mae"),
     "no moving average": dataclasses.replace(BASELINE, average=0.0),
@@ -738,8 +750,10 @@ TRAINING_EXPERIMENTS = {
 }
 STEPS = (5, 10, 20, 50, 100, 200)
 GUIDANCES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+SPACINGS = (1.0, 1.5, 2.0, 3.0)
 SAMPLING_EXPERIMENTS = {
-    **{f"guidance {guidance:g}": Sampling(steps=30, guidance=guidance) for guidance in GUIDANCES},
+    **{f"guidance {guidance:g}": Sampling(guidance=guidance) for guidance in GUIDANCES},
+    **{f"spacing {spacing:g}": Sampling(spacing=spacing) for spacing in SPACINGS},
     **{f"{sampler}, {steps} steps": Sampling(sampler, steps) for steps in STEPS for sampler in ("ddim", "ddpm")},
 }
 EXPERIMENT_SAMPLES = 450
@@ -751,13 +765,13 @@ def experiments_table(output_dir):
 
 
 def run_experiments(arguments):
-    """Compares ways of drawing with the saved network, then ways of training at a small budget.
+    """Compares ways of training at a small budget, then ways of drawing with the saved network.
 
     Everything is judged by samples against the validation pictures. Each run adds one row to the table.
     """
     table = experiments_table(arguments.output_dir)
     finished = {(row["name"], int(row["seed"])) for row in runs.read_rows(table)}
-    left = [name for name in [*SAMPLING_EXPERIMENTS, *TRAINING_EXPERIMENTS] if (name, arguments.seed) not in finished]
+    left = [name for name in [*TRAINING_EXPERIMENTS, *SAMPLING_EXPERIMENTS] if (name, arguments.seed) not in finished]
     if arguments.quick:
         left = [name for name in left if name in ("baseline", "ddpm, 5 steps")]
     folder = runs.saved_models_folder(arguments.output_dir, SCRIPT)
@@ -779,10 +793,10 @@ def run_experiments(arguments):
                 resume=False,
             )
         else:
-            network, card = runs.load_model(folder / "diffusion.keras")
+            network, card = runs.load_model(folder / "network.keras")
             recipe = Recipe(**card["recipe"])
             sampling = SAMPLING_EXPERIMENTS[name]
-        sampler = Sampler(runs.for_prediction(network), recipe.target, sampling)
+        sampler = Sampler(runs.for_prediction(network), recipe, sampling)
         images = draw_samples(sampler, category, elevation, arguments.seed)
         measured = distances(extract_features(feature_network, images), real_features)
         measured |= agreement(judge, images, category, elevation)[0]
@@ -809,63 +823,109 @@ def with_flags(recipe, arguments):
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def draw_all_orders(sampler, seed, folder):
-    """One sample for each pair of category and elevation, the first ones of the seed."""
-    category, elevation = np.divmod(np.arange(len(CATEGORIES) * len(DEGREES)), len(DEGREES))
+def draw_network(recipe, folder):
+    """A diagram of the network that `build_network` builds."""
+    figure, axes = plt.subplots(figsize=(10, 4.6))
+    last = len(recipe.widths) - 1
+    blocks = f"{recipe.blocks} x residual block" if recipe.blocks > 1 else "residual block"
+
+    def box(x, y, text, color=figures.BLUE):
+        frame = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": color, "linewidth": 1.5}
+        axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame)
+
+    def connect(start, end, text="", shift=(0, 0)):
+        axes.plot(*zip(start, end, strict=True), color=figures.GREY, zorder=0)
+        middle = [(a + b) / 2 + more for a, b, more in zip(start, end, shift, strict=True)]
+        axes.text(*middle, text, ha="center", va="bottom", fontsize=8, color=figures.GREY)
+
+    for level, filters in enumerate(recipe.widths):
+        side = IMAGE_SIZE // PATCH // 2**level
+        extra = "\nattention" if level == last and recipe.attention else ""
+        y = -1.3 * level
+        for x in (level - last - 1.2, last + 1.2 - level):
+            box(x, y, f"{side} x {side} x {filters}\n{blocks}{extra}")
+        connect((level - last - 1.2, y), (last + 1.2 - level, y), "" if level else "skip connections: concatenate")
+        if level < last:
+            connect((level - last - 1.2, y), (level - last - 0.2, y - 1.3), "average\npooling", (-0.5, -0.25))
+            connect((last + 0.2 - level, y - 1.3), (last + 1.2 - level, y), "enlarge", (0.4, -0.1))
+    box(0, -1.3 * last, f"{side} x {side} x {filters}\nresidual block")
+    edge = last + 1.2
+    box(-edge, 1.4, f"noisy picture, {IMAGE_SIZE} x {IMAGE_SIZE}", figures.GREEN)
+    box(edge, 1.4, f"{recipe.target}, {IMAGE_SIZE} x {IMAGE_SIZE}", figures.RED)
+    connect((-edge, 1.4), (-edge, 0), f"{PATCH} x {PATCH} pixels\nbecome channels,\nconvolution", (-0.55, -0.3))
+    connect((edge, 0), (edge, 1.4), f"convolution,\nchannels become\n{PATCH} x {PATCH} pixels", (0.55, -0.3))
+    box(
+        0,
+        1.4,
+        "time (sines), category, elevation (embeddings)\nscale and shift every filter of every block",
+        figures.ORANGE,
+    )
+    axes.set_xlim(-edge - 1, edge + 1)
+    axes.set_ylim(-1.3 * last - 0.6, 1.9)
+    axes.set_axis_off()
+    axes.set_title("The network: a U-Net of residual blocks that know what they are to draw")
+    return figures.save(figure, folder / "network.png")
+
+
+def draw_first_samples(sampler, seed, folder):
+    """The first 64 samples of the seed, orders at random."""
+    generator = np.random.default_rng(seed)
+    category, elevation = generator.integers(len(CATEGORIES), size=64), generator.integers(len(DEGREES), size=64)
     images = draw_samples(sampler, category, elevation, seed)
+    figure, axes = plt.subplots(8, 8, figsize=(10, 11))
+    for panel, image, kind, height in zip(axes.flat, images, category, elevation, strict=True):
+        figures.picture(panel, image, f"{CATEGORIES[kind]}, {DEGREES[height]}°")
+    figure.suptitle("The first 64 samples, not picked", x=0.01, ha="left")
+    return figures.save(figure, folder / "samples.png")
+
+
+def draw_all_orders(sampler, seed, folder):
+    """The same noise as each category from each elevation."""
+    category, elevation = np.divmod(np.arange(len(CATEGORIES) * len(DEGREES)), len(DEGREES))
+    noise = np.random.default_rng(seed).standard_normal((1, IMAGE_SIZE, IMAGE_SIZE, 1), dtype="float32")
+    images = draw_samples(sampler, category, elevation, seed, np.repeat(noise, len(category), axis=0))
     figure, axes = plt.subplots(len(CATEGORIES), len(DEGREES), figsize=(10, 6))
     for panel, image, kind, height in zip(axes.flat, images, category, elevation, strict=True):
         figures.picture(panel, image, f"{CATEGORIES[kind]}, {DEGREES[height]}°")
-    figure.suptitle("Drawn to order, not picked: each category from each elevation", x=0.01, ha="left")
-    return figures.save(figure, folder / "samples.png")
+    figure.suptitle("The same noise, drawn to every order", x=0.01, ha="left")
+    return figures.save(figure, folder / "orders.png")
 
 
 def draw_the_way(sampler, seed, folder):
     """One order per category on its way out of the noise."""
-    steps, shown = 20, (0, 4, 8, 10, 12, 14, 16, 18, 20)
-    sampler = Sampler(sampler.network, sampler.target, Sampling(steps=steps))
+    steps = sampler.sampling.steps
+    shown = np.linspace(0, steps, 9).round().astype(int).tolist()
     inputs = sampler_inputs(np.arange(len(CATEGORIES)), np.full(len(CATEGORIES), 3), seed)
     inputs = {name: ops.convert_to_tensor(values) for name, values in inputs.items()}
     noisy = inputs["noise"]
     figure, axes = plt.subplots(len(CATEGORIES), len(shown), figsize=(10, 6))
     for number in range(steps + 1):
         if number in shown:
-            for panel, image in zip(axes[:, shown.index(number)], to_grey(ops.convert_to_numpy(noisy)), strict=True):
+            images = to_grey(ops.convert_to_numpy(noisy), sampler.recipe)
+            for panel, image in zip(axes[:, shown.index(number)], images, strict=True):
                 figures.picture(panel, image)
-            axes[0, shown.index(number)].set_title(f"{number} of {steps} steps", fontsize=9, loc="center")
+            axes[0, shown.index(number)].set_title(f"step {number} of {steps}", fontsize=9, loc="center")
         if number < steps:
             noisy = sampler.step(number, noisy, inputs)
-    figure.suptitle("Out of the noise: five toys on their way", x=0.01, ha="left")
+    figure.suptitle("Out of the noise: one toy of each category on its way", x=0.01, ha="left")
     return figures.save(figure, folder / "denoising.png")
 
 
 def draw_interpolations(sampler, seed, folder):
-    """From one noise to another with the same order, and the same noise with other orders."""
+    """From one noise to another with the same order, for eight pairs."""
+    pairs, columns = 8, 9
     generator = np.random.default_rng(seed)
-    columns = len(DEGREES)
-    first, second = generator.standard_normal((2, len(CATEGORIES), IMAGE_SIZE, IMAGE_SIZE, 1), dtype="float32")
+    first, second = generator.standard_normal((2, pairs, IMAGE_SIZE, IMAGE_SIZE, 1), dtype="float32")
     # Along the arc: a mixture of two noises by shares would be too weak to be noise.
     angle = np.linspace(0, np.pi / 2, columns, dtype="float32")[:, None, None, None]
     noise = np.concatenate([np.cos(angle) * a + np.sin(angle) * b for a, b in zip(first, second, strict=True)])
-    category = np.repeat(np.arange(len(CATEGORIES)), columns)
-    elevation = np.full(len(category), 3)
-    between = draw_samples(sampler, category, elevation, seed, noise)
-    every_elevation = np.tile(np.arange(columns), len(CATEGORIES))
-    same_noise = np.repeat(first, columns, axis=0)
-    risen = draw_samples(sampler, category, every_elevation, seed, same_noise)
-    figure = plt.figure(figsize=(10, 11.4))
-    for part, images, title in zip(
-        figure.subfigures(2, 1),
-        (between, risen),
-        (
-            f"From one noise to another, the order being the same: each category from {DEGREES[3]}°",
-            f"The same noise, the order rising from {DEGREES[0]}° to {DEGREES[-1]}°",
-        ),
-        strict=True,
-    ):
-        for panel, image in zip(part.subplots(len(CATEGORIES), columns).flat, images, strict=True):
-            figures.picture(panel, image)
-        part.suptitle(title, x=0.01, ha="left")
+    category = np.repeat(np.arange(pairs) % len(CATEGORIES), columns)
+    images = draw_samples(sampler, category, np.full(len(category), 3), seed, noise)
+    figure, axes = plt.subplots(pairs, columns, figsize=(10, 9.2))
+    for panel, image in zip(axes.flat, images, strict=True):
+        figures.picture(panel, image)
+    title = f"From one noise to another, the order being the same, {DEGREES[3]}°: eight pairs"
+    figure.suptitle(title, x=0.01, ha="left")
     return figures.save(figure, folder / "interpolations.png")
 
 
@@ -978,7 +1038,7 @@ def draw_experiments(rows, folder):
         panel.grid(True, axis="x")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    panels[1].xaxis.set_major_formatter("{x:.0%}")
+    panels[1].xaxis.set_major_formatter("{x:.1%}")
     figure.suptitle(f"One change at a time, {BASELINE.epochs} epochs of training, a point a seed", x=0.01, ha="left")
     return figures.save(figure, folder / "experiments.png")
 
@@ -1003,10 +1063,10 @@ def train(arguments):
             "resume": arguments.resume,
             "validation": pictures["validation"],
         }
-        recipe = with_flags(FINAL if name == "diffusion" else Recipe(epochs=JUDGE_EPOCHS), arguments)
-        if name == "diffusion":
+        recipe = with_flags(FINAL if name == "network" else Recipe(epochs=JUDGE_EPOCHS), arguments)
+        if name == "network":
             network, curves, seconds = train_network(recipe, pictures["train"], arguments.seed, **options)
-            more = {"recipe": dataclasses.asdict(recipe)}
+            more = {"recipe": dataclasses.asdict(recipe), "sampling": dataclasses.asdict(FINAL_SAMPLING)}
         else:
             options |= {"epochs": recipe.epochs, "batch_size": recipe.batch_size}
             network, curves, seconds = train_judge(pictures["train"], arguments.seed, **options)
@@ -1044,14 +1104,19 @@ def report(arguments, trained=()):
     """
     folder = runs.saved_models_folder(arguments.output_dir, SCRIPT)
     print(f"models from {folder}")
-    network, card = runs.load_model(folder / "diffusion.keras")
+    network, card = runs.load_model(folder / "network.keras")
     judge, judge_card = runs.load_model(folder / "judge.keras")
-    sampler = Sampler(runs.for_prediction(network), card["recipe"]["target"], FINAL_SAMPLING)
+    sampling = dataclasses.replace(FINAL_SAMPLING, steps=QUICK_STEPS) if arguments.quick else FINAL_SAMPLING
+    sampler = Sampler(runs.for_prediction(network), Recipe(**card["recipe"]), sampling)
     drawings = arguments.output_dir / "report" / "figures" / SCRIPT
+    # Where pictures of different orders or noises are compared, no fresh noise may come between.
+    repeatable = Sampler(sampler.network, sampler.recipe, dataclasses.replace(sampling, sampler="ddim"))
     written = [
-        draw_all_orders(sampler, arguments.seed, drawings),
-        draw_the_way(sampler, arguments.seed, drawings),
-        draw_interpolations(sampler, arguments.seed, drawings),
+        draw_network(sampler.recipe, drawings),
+        draw_first_samples(sampler, arguments.seed, drawings),
+        draw_all_orders(repeatable, arguments.seed, drawings),
+        draw_the_way(repeatable, arguments.seed, drawings),
+        draw_interpolations(repeatable, arguments.seed, drawings),
         draw_learning_curves(card, drawings),
     ]
     pictures, checksums = load_pictures(arguments.data_dir, arguments.quick)
@@ -1059,9 +1124,9 @@ def report(arguments, trained=()):
     print(f"drawing and judging {count:,} samples")
     feature_network = load_feature_network(arguments.output_dir)
     judgement = judge_samples(sampler, judge, feature_network, pictures, arguments.seed, count)
-    measured = {"diffusion": judgement.metrics, "judge": judgement.judge_metrics}
-    cards = {"diffusion": card, "judge": judge_card}
-    for name, restored in (("diffusion", network), ("judge", judge)):
+    measured = {"network": judgement.metrics, "judge": judgement.judge_metrics}
+    cards = {"network": card, "judge": judge_card}
+    for name, restored in (("network", network), ("judge", judge)):
         if name in trained:
             cards[name]["metrics"] = measured[name]
             runs.save_model(restored, folder / f"{name}.keras", cards[name])
@@ -1086,7 +1151,7 @@ def report(arguments, trained=()):
         "train": judgement.metrics["train"],
         "references": judgement.references,
         "samples": count,
-        "sampling": dataclasses.asdict(FINAL_SAMPLING),
+        "sampling": dataclasses.asdict(sampling),
         "seeds": 1,
         "models": {
             name: {
@@ -1135,9 +1200,9 @@ def draw_to_order(arguments):
     """Draws what the command line asks for; whatever it leaves open is drawn at random.
 
     Writes a mosaic (PNG, twice as large) and an `.npz` with `images` uint8 (n, 48, 48), `category` int64 (n,), index
-    into `CATEGORIES`, and `elevation_degrees` int64 (n,).
+    into `CATEGORIES`, and `elevation` int64 (n,), degrees.
     """
-    network, card = runs.load_model(runs.saved_models_folder(arguments.output_dir, SCRIPT) / "diffusion.keras")
+    network, card = runs.load_model(runs.saved_models_folder(arguments.output_dir, SCRIPT) / "network.keras")
     count = arguments.samples or 64
     generator = np.random.default_rng(arguments.seed)
     category, elevation = generator.integers(len(CATEGORIES), size=count), generator.integers(len(DEGREES), size=count)
@@ -1150,7 +1215,7 @@ def draw_to_order(arguments):
         arguments.steps or FINAL_SAMPLING.steps,
         FINAL_SAMPLING.guidance if arguments.guidance is None else arguments.guidance,
     )
-    sampler = Sampler(runs.for_prediction(network), card["recipe"]["target"], sampling)
+    sampler = Sampler(runs.for_prediction(network), Recipe(**card["recipe"]), sampling)
     images = draw_samples(sampler, category, elevation, arguments.seed)
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -1163,7 +1228,7 @@ def draw_to_order(arguments):
     with replacing(path) as temporary:
         Image.fromarray(mosaic).save(temporary, format="PNG")
     with replacing(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, images=images, category=category, elevation_degrees=DEGREES[elevation])
+        np.savez_compressed(file, images=images, category=category, elevation=DEGREES[elevation])
     print("wrote", path, path.with_suffix(".npz"), sep="\n  ")
 
 

@@ -39,7 +39,6 @@ MINUTES = clocks.MINUTES  # on a dial of twelve hours
 SMALL, LARGE = clocks.SIZES
 SPLIT_SEED = 2024
 PREDICT_BATCH_SIZE = 256
-STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python
 QUICK_PICTURES = 400
 
 MAX_LOG_STRETCH = 0.12  # along each of two perpendicular directions, so that dials grow, shrink and flatten
@@ -499,12 +498,8 @@ def train_network(recipe, split, seed, *, folder, resume, validation=None):
     keras.utils.set_random_seed(seed)
     representation = REPRESENTATIONS[recipe.representation]
     steps = math.ceil(len(split.images) / recipe.batch_size) * recipe.epochs
-    precision = runs.fast_precision()
-    keras.config.set_dtype_policy(precision)
-    try:
+    with runs.building_for_speed() as precision:
         network = build_network(recipe)
-    finally:
-        keras.config.set_dtype_policy("float32")
     images = keras.Input((recipe.size, recipe.size), dtype="uint8")
     augmented = ClockAugmentation(seed)(images) if recipe.augment else ops.cast(images, "float32")
     model = keras.Model(images, network(augmented))
@@ -512,9 +507,7 @@ def train_network(recipe, split, seed, *, folder, resume, validation=None):
         keras.optimizers.AdamW(runs.cosine_schedule(recipe.learning_rate, steps), weight_decay=1e-2),
         loss={name: head.loss for name, head in representation.heads.items()},
         loss_weights={name: head.weight for name, head in representation.heads.items()},
-        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow; JAX always compiles.
-        jit_compile="auto" if keras.backend.backend() == "jax" else False,
-        steps_per_execution=min(STEPS_PER_EXECUTION, steps),
+        **runs.compile_options(steps),
     )
     curves, seconds = runs.fit(
         model,

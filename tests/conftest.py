@@ -1,27 +1,47 @@
 """What several tests need: a folder that looks like the whole of smallNORB, and the real one where it is installed."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
-from common import datasets
+from common import cli, datasets
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def run_script(script, backend, *flags):
-    """Runs a script in a process of its own, as a user does. Returns the `subprocess.CompletedProcess`."""
-    environment = {**os.environ, "KERAS_BACKEND": backend}
+def run_script(script, backend, *flags, fresh=False):
+    """Runs a script as a user does. Returns a `subprocess.CompletedProcess`.
+
+    Args:
+        script: str, its name without ".py".
+        backend: "tensorflow" or "jax".
+        flags: its command line.
+        fresh: bool, whether it must be a process of its own, which knows nothing but what is on the disk. Otherwise a
+            script on the backend of the tests runs within their process, which spares it the start.
+    """
+    if backend == keras.backend.backend() and not fresh:
+        output, errors = io.StringIO(), io.StringIO()
+        code = 0
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            try:
+                cli.run(importlib.import_module(script).main, [str(flag) for flag in flags])
+            except SystemExit as end:
+                code = end.code or 0
+        return subprocess.CompletedProcess(flags, code, output.getvalue(), errors.getvalue())
     return subprocess.run(
         [sys.executable, REPOSITORY / f"{script}.py", *flags],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "KERAS_BACKEND": backend},
         check=False,
     )
 
@@ -63,6 +83,27 @@ def fake_data_dir(tmp_path_factory):
     checksums = {f"{split}_{field}": "0" * 64 for split in ("train", "test") for field in source.features}
     names = ["four-legged animals", "human figures", "airplanes", "trucks", "cars"]
     (cache / "manifest.json").write_text(json.dumps({"class_names": names, "sha256": checksums}))
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def fake_labelled_dir(tmp_path_factory):
+    """A data folder with full-size caches of Fashion-MNIST and CIFAR-10: noise that gets brighter with the class."""
+    data_dir = tmp_path_factory.mktemp("labelled")
+    generator = np.random.default_rng(0)
+    for name in ("fashion_mnist", "cifar10"):
+        source = datasets.SOURCES[name]
+        cache = data_dir / "cache" / name
+        cache.mkdir(parents=True)
+        labels = np.arange(500) % 10
+        images = generator.integers(0, 120, (500, *source.image_shape), dtype=np.uint8)
+        images += (labels * 14).astype(np.uint8)[:, None, None, None]
+        for split, size in source.sizes.items():
+            np.save(cache / f"{split}_images.npy", np.tile(images, (size // 500, 1, 1, 1)))
+            np.save(cache / f"{split}_labels.npy", np.tile(labels, size // 500))
+        checksums = {f"{split}_{field}": "0" * 64 for split in source.sizes for field in source.features}
+        names = [f"class {number}" for number in range(10)]
+        (cache / "manifest.json").write_text(json.dumps({"class_names": names, "sha256": checksums}))
     return data_dir
 
 

@@ -310,7 +310,7 @@ def test_load_reproduces_the_metrics_of_train(backend, clocks_dir, tmp_path):
     trained = json.loads(path.read_text())
     assert set(trained["models"]) == set(models)
     path.unlink()
-    done = command(backend, "--load", *flags)
+    done = command(backend, "--load", *flags, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "differs" not in done.stdout
     assert json.loads(path.read_text()) == trained
