@@ -304,7 +304,7 @@ def test_load_reproduces_the_metrics_of_train(backend, fake_data_dir, tmp_path):
     done = command(backend, "--experiments", *flags)
     assert done.returncode == 0, done.stderr
     rows = runs.read_rows(tmp_path / "report" / "results" / f"{task.SCRIPT}_experiments.csv")
-    assert [row["name"] for row in rows] == ["ddpm, 5 steps", "baseline"]
+    assert [row["name"] for row in rows] == ["baseline", "ddpm, 5 steps"]
 
 
 def test_drawing_to_order_needs_no_dataset(tmp_path):
