@@ -820,15 +820,20 @@ def with_flags(recipe, arguments):
 
 
 def measure(parameters, splits, model):
-    """Returns {"train", "valid", "test"} to {"accuracy", "loss"} (dict of dict of float)."""
-    measured = {}
+    """Measures a network on every split.
+
+    Returns:
+        dict from "train", "valid" and "test" to {"accuracy", "loss"} (dict of dict of float), and a dict from the same
+        names to what `predict` says there.
+    """
+    measured, answers = {}, {}
     for name, split in splits.items():
-        found = predict(parameters, split.images, model)
+        found = answers[name] = predict(parameters, split.images, model)
         measured[name] = {
             "accuracy": float(np.mean(found.argmax(1) == split.labels)),
             "loss": float(-found[np.arange(len(found)), split.labels].mean()),
         }
-    return measured
+    return measured, answers
 
 
 def checksum(splits):
@@ -991,13 +996,14 @@ def train(arguments):
         for seed in range(arguments.seed, arguments.seed + (1 if arguments.quick else NUM_SEEDS)):
             folder = arguments.output_dir / "runs" / SCRIPT / f"{model}_seed_{seed}"
             trained[model, seed] = train_network(recipe, splits, seed, folder=folder, resume=arguments.resume)
+    data_checksum = checksum(splits)
     # The test pictures are read from here on, after the last training.
     for model in dict.fromkeys(model for model, _ in trained):
         recipe = with_flags(RECIPES[model], arguments)
         of_seeds = {}
         for (name, seed), (parameters, _, seconds) in trained.items():
             if name == model:
-                of_seeds[seed] = {"seconds": round(seconds, 1), "metrics": measure(parameters, splits, model)}
+                of_seeds[seed] = {"seconds": round(seconds, 1), "metrics": measure(parameters, splits, model)[0]}
         parameters, curves, _ = trained[model, arguments.seed]
         snapshots = curves.pop("snapshots")
         test_curve = [accuracy(snapshot, splits["test"], model) for snapshot in snapshots]
@@ -1017,7 +1023,7 @@ def train(arguments):
             "dataset": {
                 "name": f"AddNIST, {source}",
                 **{name: len(split.labels) for name, split in splits.items()},
-                "sha256": checksum(splits),
+                "sha256": data_checksum,
             },
             "shortened": "--quick: a few pictures and steps only" if arguments.quick else None,
             "seconds": of_seeds[arguments.seed]["seconds"],
@@ -1033,7 +1039,7 @@ def summarise(cards, measured, rows):
 
     Args:
         cards: dict from model to its card.
-        measured: dict from model to what `measure` returned.
+        measured: dict from model to its metrics.
         rows: list of dict of str, the experiment table.
     """
     results = {"script": f"{SCRIPT}.py", "models": {}}
@@ -1072,15 +1078,16 @@ def report(arguments):
     restored = {m: load_weights(folder / f"{m}.npz") for m in ([arguments.model] if arguments.model else MODELS)}
     splits, source = load_data(arguments.data_dir, arguments.quick)
     print(f"AddNIST, {source}; {KNOWN_RESULTS}")
-    measured, answers, cards = {}, {}, {}
+    measured, answers, cards, data_checksum = {}, {}, {}, checksum(splits)
     for model, (parameters, card) in restored.items():
-        cards[model], measured[model] = card, measure(parameters, splits, model)
-        answers[model] = predict(parameters, splits["test"].images, model)
+        cards[model] = card
+        measured[model], found = measure(parameters, splits, model)
+        answers[model] = found["test"]
         print(
             f"\n{model}: {card['parameters']['trainable']:,} parameters (fewer than {PARAMETER_LIMIT:,} allowed), "
             f"{card['steps']:,} steps ({STEP_LIMIT:,} allowed), penalty {card['penalty']} marks"
         )
-        same_data = card["dataset"]["sha256"] == checksum(splits)
+        same_data = card["dataset"]["sha256"] == data_checksum
         print(f"{'metric':16} measured" + ("  recorded" if same_data else ""))
         for part, values in measured[model].items():
             for name, value in values.items():

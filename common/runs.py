@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import time
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -21,10 +20,6 @@ from common.files import replacing, sha256, write_json
 
 STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python, which cost a tenth of the time otherwise
 PACKAGES = ("keras", "tensorflow", "jax", "numpy", "scikit-learn")
-
-
-class Diverged(UserError):
-    """The loss of a training left the finite numbers."""
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -106,8 +101,7 @@ def fit(model, inputs, targets, *, epochs, batch_size, folder, settings, resume,
         epochs took together (float).
 
     Raises:
-        UserError: where the checkpoint cannot be used.
-        Diverged: a `UserError`, where the training left the finite numbers.
+        UserError: where the checkpoint cannot be used or the training left the finite numbers.
     """
     folder = Path(folder)
     if not resume:
@@ -121,7 +115,7 @@ def fit(model, inputs, targets, *, epochs, batch_size, folder, settings, resume,
         keywords |= {"initial_epoch": checkpoint.epoch, "epochs": epochs, "batch_size": batch_size}
         model.fit(inputs, targets, callbacks=callbacks, **keywords)
     if not np.isfinite(checkpoint.history["loss"][-1]) or checkpoint.epoch < epochs:
-        raise Diverged("the loss is no longer a finite number; lower the learning rate or try another --seed")
+        raise UserError("the loss is no longer a finite number; lower the learning rate or try another --seed")
     return checkpoint.history, checkpoint.seconds
 
 
@@ -222,19 +216,8 @@ def parameter_counts(model):
     return {"trainable": sum(int(np.prod(v.shape)) for v in model.trainable_variables), "total": model.count_params()}
 
 
-def round_weights(model):
-    """Rounds the float32 weights of `model` to half precision, in place, so that they compress to half the space.
-
-    They stay float32 for Keras. To be called before the model is evaluated.
-    """
-    rounded = [np.float32(np.float16(each)) if each.dtype == "float32" else each for each in model.get_weights()]
-    model.set_weights(rounded)
-
-
 def save_model(model, path, card):
     """Writes `model` to `path` (`<name>.keras`, without optimizer state) and its card beside it (`<name>.json`).
-
-    The file is a zip archive, as Keras wants it, but compressed, which Keras reads as well.
 
     Args:
         model: uncompiled `keras.Model` of built-in layers.
@@ -243,18 +226,8 @@ def save_model(model, path, card):
     """
     with replacing(path) as temporary:
         model.save(temporary)
-        _compress(temporary)
     card = {**card, "parameters": parameter_counts(model), "weights_sha256": sha256(path)}
     write_json(path.with_suffix(".json"), card)
-
-
-def _compress(path):
-    """Writes the zip archive at `path` again with its members compressed."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
 
 
 def load_model(path):
