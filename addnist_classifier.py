@@ -1104,7 +1104,9 @@ def report(arguments):
     results = summarise(cards, measured, rows)
     drawings = report_folder / "figures" / SCRIPT
     test = splits["test"]
-    written = [draw_samples(splits["train"], drawings), draw_curves(cards, drawings)]
+    written = [draw_samples(splits["train"], drawings)]
+    if not arguments.model:  # both networks share the figure
+        written.append(draw_curves(cards, drawings))
     written += [draw_confusion(answers[model], test, model, drawings) for model in cards]
     if "shared" in cards:
         written.append(draw_mistakes(answers["shared"], test, drawings))
@@ -1117,7 +1119,12 @@ def report(arguments):
             written.append(draw_digits(counts, drawings))
     if rows:
         written.append(draw_scaling(rows, drawings))
-    written.append(write_json(report_folder / "results" / f"{SCRIPT}.json", results))
+    results_file = report_folder / "results" / f"{SCRIPT}.json"
+    if arguments.model and results_file.exists():  # the other model keeps its results
+        previous = json.loads(results_file.read_text())
+        results = {**previous, **results, "models": {**previous["models"], **results["models"]}}
+        results["test"] = results["models"].get("shared", results)["test"]
+    written.append(write_json(results_file, results))
     print("\nwrote", *written, sep="\n  ")
 
 

@@ -601,11 +601,6 @@ RECIPES = {
 }
 
 
-def experiments_table(output_dir):
-    """Path of the CSV table of the experiments."""
-    return output_dir / "report" / "results" / f"{SCRIPT}_experiments.csv"
-
-
 def experiment_means(rows):
     """Returns, for the name of each experiment in the table, the means of its metrics, and the metrics per toy."""
     means = {}
@@ -629,7 +624,7 @@ def run_experiments(arguments, examples):
         examples: `common.datasets.StereoImages`, the official training set. The test set is not looked at.
     """
     results_folder = arguments.output_dir / "report" / "results"
-    table = experiments_table(arguments.output_dir)
+    table = runs.experiments_table(arguments.output_dir, SCRIPT)
     # All folds of one factor after the other, so that an interrupted comparison is still a fair one.
     planned = [
         (factor, name, recipe, toy)
@@ -933,7 +928,9 @@ def train(arguments, dataset):
 
     test = prepare(dataset.test, FINAL.image_size, arguments.quick)
     versions = background_versions(test.images)
-    validation = experiment_means(runs.read_rows(experiments_table(arguments.output_dir))).get(FINAL_ON_FOLDS)
+    validation = experiment_means(runs.read_rows(runs.experiments_table(arguments.output_dir, SCRIPT))).get(
+        FINAL_ON_FOLDS
+    )
     cards = {}
     for model, seed, recipe, network, curves, seconds in trained:
         metrics, _ = evaluate(network, test, versions)
@@ -1026,7 +1023,7 @@ def report(arguments, dataset):
 
     report_folder = arguments.output_dir / "report"
     results_file = report_folder / "results" / f"{SCRIPT}.json"
-    rows = runs.read_rows(experiments_table(arguments.output_dir))
+    rows = runs.read_rows(runs.experiments_table(arguments.output_dir, SCRIPT))
     references = reference_errors(dataset.train, dataset.test)
     print(f"\n{KNOWN_RESULTS}")
     runs.print_metrics(references)

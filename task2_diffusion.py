@@ -759,17 +759,12 @@ SAMPLING_EXPERIMENTS = {
 EXPERIMENT_SAMPLES = 450
 
 
-def experiments_table(output_dir):
-    """Path of the CSV table of the experiments."""
-    return output_dir / "report" / "results" / f"{SCRIPT}_experiments.csv"
-
-
 def run_experiments(arguments):
     """Compares ways of training at a small budget, then ways of drawing with the saved network.
 
     Everything is judged by samples against the validation pictures. Each run adds one row to the table.
     """
-    table = experiments_table(arguments.output_dir)
+    table = runs.experiments_table(arguments.output_dir, SCRIPT)
     finished = {(row["name"], int(row["seed"])) for row in runs.read_rows(table)}
     left = [name for name in [*TRAINING_EXPERIMENTS, *SAMPLING_EXPERIMENTS] if (name, arguments.seed) not in finished]
     if arguments.quick:
@@ -1181,7 +1176,7 @@ def show_experiments(output_dir):
     Returns:
         list of `pathlib.Path` of the figures.
     """
-    rows = runs.read_rows(experiments_table(output_dir))
+    rows = runs.read_rows(runs.experiments_table(output_dir, SCRIPT))
     results_file = output_dir / "report" / "results" / f"{SCRIPT}.json"
     if not rows or not results_file.exists():
         return []

@@ -622,14 +622,9 @@ EXPERIMENTS = {
 }
 
 
-def experiments_table(output_dir):
-    """Path of the CSV table of the experiments."""
-    return output_dir / "report" / "results" / f"{SCRIPT}_experiments.csv"
-
-
 def run_experiments(arguments):
     """Trains every recipe of `EXPERIMENTS`, measures it on the validation pictures, adds one row a run to the table."""
-    table = experiments_table(arguments.output_dir)
+    table = runs.experiments_table(arguments.output_dir, SCRIPT)
     finished = {(row["name"], int(row["seed"])) for row in runs.read_rows(table)}
     left = [name for name in EXPERIMENTS if (name, arguments.seed) not in finished]
     if arguments.quick:
@@ -943,7 +938,7 @@ def report(arguments):
 
     report_folder = arguments.output_dir / "report"
     results_file = report_folder / "results" / f"{SCRIPT}.json"
-    rows = runs.read_rows(experiments_table(arguments.output_dir))
+    rows = runs.read_rows(runs.experiments_table(arguments.output_dir, SCRIPT))
     results = summarise(cards, measured, rows)
     if arguments.model and results_file.exists():  # the other models keep their results
         previous = json.loads(results_file.read_text())

@@ -291,6 +291,11 @@ def print_metrics(measured, card=None):
         print(line)
 
 
+def experiments_table(output_dir, script):
+    """Path of the CSV table of a script's experiments."""
+    return Path(output_dir) / "report" / "results" / f"{script}_experiments.csv"
+
+
 def read_rows(path):
     """Returns the rows of an experiment table as a list of dicts of str; empty where there is no table yet.
 
