@@ -21,6 +21,7 @@ figures: .venv/.run  ## every figure and result again from the saved models
 	$(BIN)/python task2_diffusion.py --load
 	$(BIN)/python tell_the_time.py --load
 	$(BIN)/python addnist_classifier.py --load
+	$(BIN)/python voc_segmentation.py --load
 
 numbers: .venv/.run  ## put the numbers of report/results/*.json into README.md and the reports
 	$(BIN)/python report/numbers_in_texts.py

@@ -16,6 +16,8 @@ import pytest
 from common import cli, datasets
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# A test of JAX spends most of its time on compiling what then runs for a second.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def run_script(script, backend, *flags, fresh=False):
@@ -41,7 +43,7 @@ def run_script(script, backend, *flags, fresh=False):
         [sys.executable, REPOSITORY / f"{script}.py", *flags],
         capture_output=True,
         text=True,
-        env={**os.environ, "KERAS_BACKEND": backend},
+        env={**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": QUICK_COMPILATION},
         check=False,
     )
 
