@@ -966,7 +966,7 @@ def draw_digits(counts, folder):
 def draw_scaling(rows, folder):
     """Validation accuracy against the number of parameters and of steps."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4))
-    titles = {"parameters": "Narrower and wider networks", "steps": "Shorter trainings"}
+    titles = {"parameters": "Narrower and wider networks", "steps": "Shorter and longer trainings"}
     for panel, (column, title) in zip(panels, titles.items(), strict=True):
         for model in MODELS:
             kind = "filters" if column == "parameters" else "steps"
@@ -1066,7 +1066,10 @@ def summarise(cards, measured, rows):
         }
     main_model = next(iter(results["models"]))
     results["test"] = results["models"][main_model]["test"]
-    results["experiments"] = {row["name"]: {"valid_accuracy": float(row["valid_accuracy"])} for row in rows}
+    results["experiments"] = {
+        row["name"]: {"parameters": int(row["parameters"]), "valid_accuracy": float(row["valid_accuracy"])}
+        for row in rows
+    }
     return results
 
 
