@@ -916,9 +916,7 @@ def train(arguments, dataset):
     pictures = prepare(dataset.train, FINAL.image_size, arguments.quick)
     trained = []
     for model in [arguments.model] if arguments.model else MODELS:
-        recipe = RECIPES[model]
-        epochs = arguments.epochs or (1 if arguments.quick else recipe.epochs)
-        recipe = dataclasses.replace(recipe, epochs=epochs, batch_size=arguments.batch_size or recipe.batch_size)
+        recipe = cli.with_flags(RECIPES[model], arguments)
         for seed in range(arguments.seed, arguments.seed + (NUM_SEEDS if model == "joint" else 1)):
             print(f"{model}, seed {seed}")
             folder = arguments.output_dir / "runs" / SCRIPT / f"{model}_seed_{seed}"

@@ -779,7 +779,7 @@ def run_experiments(arguments):
         print(f"{len(left) - number} of {len(TRAINING_EXPERIMENTS) + len(SAMPLING_EXPERIMENTS)} runs left: {name}")
         started = clock.time()
         if name in TRAINING_EXPERIMENTS:
-            recipe, sampling = with_flags(TRAINING_EXPERIMENTS[name], arguments), FINAL_SAMPLING
+            recipe, sampling = cli.with_flags(TRAINING_EXPERIMENTS[name], arguments), FINAL_SAMPLING
             network, _, _ = train_network(
                 recipe,
                 pictures["train"],
@@ -804,15 +804,6 @@ def run_experiments(arguments):
         runs.append_row(table, settings | {key: round(value, 5) for key, value in measured.items()})
         show_experiments(arguments.output_dir)
     print(f"finished runs are in {table}")
-
-
-def with_flags(recipe, arguments):
-    """Returns `recipe` with what the command line changes."""
-    return dataclasses.replace(
-        recipe,
-        epochs=arguments.epochs or (1 if arguments.quick else recipe.epochs),
-        batch_size=arguments.batch_size or recipe.batch_size,
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -1058,7 +1049,7 @@ def train(arguments):
             "resume": arguments.resume,
             "validation": pictures["validation"],
         }
-        recipe = with_flags(FINAL if name == "network" else Recipe(epochs=JUDGE_EPOCHS), arguments)
+        recipe = cli.with_flags(FINAL if name == "network" else Recipe(epochs=JUDGE_EPOCHS), arguments)
         if name == "network":
             network, curves, seconds = train_network(recipe, pictures["train"], arguments.seed, **options)
             more = {"recipe": dataclasses.asdict(recipe), "sampling": dataclasses.asdict(FINAL_SAMPLING)}

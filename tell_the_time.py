@@ -832,12 +832,7 @@ def train(arguments):
     names = wanted_models(arguments)
     trained = []
     for name in names:
-        recipe = RECIPES[name]
-        recipe = dataclasses.replace(
-            recipe,
-            epochs=arguments.epochs or (1 if arguments.quick else recipe.epochs),
-            batch_size=arguments.batch_size or recipe.batch_size,
-        )
+        recipe = cli.with_flags(RECIPES[name], arguments)
         splits, pictures = load_splits(arguments, recipe.size)
         print(f"{name}, {len(trained) + 1} of {len(names)}")
         network, curves, seconds = train_network(

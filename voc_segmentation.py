@@ -12,8 +12,8 @@ fourth one, by choice, has an encoder that knows ImageNet.
     python voc_segmentation.py --train --model mobilenet_unet     downloads an encoder that knows ImageNet
 
 The test pictures are the validation list of the challenge, whose own test set has no public masks. A tenth of the
-training list is kept for validation, and every choice is made there. "Void" pixels, the 5-pixel border that annotators
-left undecided and what pads a picture to a square, count neither in the loss nor in any metric.
+training list is kept for validation, where losses and learning rates are compared. "Void" pixels, the 5-pixel border
+that annotators left undecided and what pads a picture to a square, count neither in the loss nor in any metric.
 """
 
 from common import quiet  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
@@ -94,7 +94,7 @@ class Recipe:
         augment: whether pictures are flipped, scaled, shifted and recoloured at random.
         learning_rate: highest learning rate.
         batch_size: pictures per step.
-        epochs: passes over the training pictures, fewer where validation says so.
+        epochs: passes over the training pictures; the weights of the best one on validation are kept.
     """
 
     network: str = "bilinear"
@@ -207,14 +207,21 @@ def read_pair(folder, masks_folder, name):
     return image.convert("RGB"), mask
 
 
-def fit_square(image, size, resampling, fill):
-    """Shrinks or enlarges a `PIL.Image` until its longer side is `size`, and pads it around to a square array."""
-    scale = size / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    small = np.asarray(image.resize((width, height), resampling))
-    square = np.full((size, size, *small.shape[2:]), fill, "uint8")
-    top, left = (size - height) // 2, (size - width) // 2
-    square[top : top + height, left : left + width] = small
+def place_in_square(image):
+    """Returns the rows and the columns (two slices) that a `PIL.Image` takes up of the square that a network sees.
+
+    Its longer side becomes `IMAGE_SIZE`, and what is left of the square lies half on either side of it.
+    """
+    sides = [max(1, round(side * IMAGE_SIZE / max(image.size))) for side in (image.height, image.width)]
+    return tuple(slice((IMAGE_SIZE - side) // 2, (IMAGE_SIZE - side) // 2 + side) for side in sides)
+
+
+def fit_square(image, resampling, fill):
+    """Shrinks or enlarges a `PIL.Image` and pads it around with `fill`: uint8 (128, 128) or (128, 128, 3)."""
+    rows, columns = place_in_square(image)
+    small = np.asarray(image.resize((columns.stop - columns.start, rows.stop - rows.start), resampling))
+    square = np.full((IMAGE_SIZE, IMAGE_SIZE, *small.shape[2:]), fill, "uint8")
+    square[rows, columns] = small
     return square
 
 
@@ -234,8 +241,8 @@ def read_list(folder, names_file, masks_folder):
             left_out += 1
             continue
         # Shrinking averages over what a new pixel covers; labels have no average, so a mask takes the nearest pixel.
-        images.append(fit_square(image, IMAGE_SIZE, Image.Resampling.BILINEAR, 0))
-        masks.append(fit_square(mask, IMAGE_SIZE, Image.Resampling.NEAREST, VOID))
+        images.append(fit_square(image, Image.Resampling.BILINEAR, 0))
+        masks.append(fit_square(mask, Image.Resampling.NEAREST, VOID))
         names.append(name)
     if left_out:
         print(f"{left_out} of {left_out + len(names)} pictures of {names_file.name} were left out", file=sys.stderr)
@@ -714,6 +721,16 @@ def measure(probability, masks):
     }
 
 
+def evaluate(network, pictures):
+    """Measures a network on `Pictures`.
+
+    Returns:
+        Metrics (dict of float), those of `measure` and `checkerboard`, and the probabilities, float32 (n, 128, 128).
+    """
+    probability = predict(runs.for_prediction(network), pictures.images)
+    return {**measure(probability, pictures.masks), "checkerboard": checkerboard(probability)}, probability
+
+
 def checkerboard(probability):
     """How much of the unevenness of probability maps alternates from pixel to pixel.
 
@@ -785,7 +802,7 @@ def run_experiments(arguments):
     pictures, _ = load_pictures(arguments.data_dir, arguments.quick)
     for number, name in enumerate(left):
         print(f"{len(left) - number} of {len(EXPERIMENTS)} runs left: {name}")
-        recipe = with_flags(EXPERIMENTS[name], arguments)
+        recipe = cli.with_flags(EXPERIMENTS[name], arguments)
         network, _, seconds = train_network(
             recipe,
             pictures["train"],
@@ -794,20 +811,10 @@ def run_experiments(arguments):
             resume=False,
             validation=pictures["validation"],
         )
-        validation = pictures["validation"]
-        measured = measure(predict(runs.for_prediction(network), validation.images), validation.masks)
+        measured, _ = evaluate(network, pictures["validation"])
         row = {"name": name, "seed": arguments.seed, **dataclasses.asdict(recipe), "seconds": round(seconds, 1)}
         runs.append_row(table, row | {metric: round(measured[metric], 5) for metric in METRICS})
     print(f"finished runs are in {table}")
-
-
-def with_flags(recipe, arguments):
-    """Returns `recipe` with what the command line changes."""
-    return dataclasses.replace(
-        recipe,
-        epochs=arguments.epochs or (1 if arguments.quick else recipe.epochs),
-        batch_size=arguments.batch_size or recipe.batch_size,
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -989,13 +996,10 @@ def predict_file(network, path):
             image = file.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{path} cannot be read as a picture; give a JPEG or PNG file") from error
-    square = fit_square(image, IMAGE_SIZE, Image.Resampling.BILINEAR, 0)
+    square = fit_square(image, Image.Resampling.BILINEAR, 0)
     probability = predict(network, square[None])[0]
     # Undo the padding, then enlarge the probability, whose edges are softer than those of a mask.
-    scale = IMAGE_SIZE / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    top, left = (IMAGE_SIZE - height) // 2, (IMAGE_SIZE - width) // 2
-    inside = Image.fromarray(probability[top : top + height, left : left + width])
+    inside = Image.fromarray(probability[place_in_square(image)])
     foreground = np.asarray(inside.resize(image.size, Image.Resampling.BILINEAR)) >= 0.5
     pixels = np.asarray(image).astype("float32")
     overlay = np.where(foreground[..., None], 0.5 * pixels + 0.5 * MASK_COLORS[1], 0.4 * pixels + 0.6 * 255)
@@ -1030,7 +1034,7 @@ def train(arguments):
     pictures, checksums = load_pictures(arguments.data_dir, arguments.quick)
     trained = []
     for model in [arguments.model] if arguments.model else FROM_SCRATCH:
-        recipe = with_flags(RECIPES[model], arguments)
+        recipe = cli.with_flags(RECIPES[model], arguments)
         number_of_seeds = NUM_SEEDS if model.startswith("unet") and not arguments.quick else 1
         for seed in range(arguments.seed, arguments.seed + number_of_seeds):
             print(f"{model}, seed {seed}")
@@ -1040,7 +1044,7 @@ def train(arguments):
     cards = {}
     # The test pictures are read from here on, after the last training.
     for model, seed, recipe, network, curves, seconds in trained:
-        metrics = {part: evaluate(network, some) for part, some in pictures.items()}
+        metrics = {part: evaluate(network, some)[0] for part, some in pictures.items()}
         about = {"seed": seed, "seconds": round(seconds, 1), "metrics": metrics}
         if seed != arguments.seed:
             cards[model]["seeds"].append(about)
@@ -1070,12 +1074,6 @@ def train(arguments):
     for model, seed, _, network, _, _ in trained:
         if seed == arguments.seed:
             runs.save_model(network, arguments.output_dir / "saved_models" / SCRIPT / f"{model}.keras", cards[model])
-
-
-def evaluate(network, pictures):
-    """Returns the metrics of a network on `Pictures`, and how much its probabilities alternate: dict of float."""
-    probability = predict(runs.for_prediction(network), pictures.images)
-    return {**measure(probability, pictures.masks), "checkerboard": checkerboard(probability)}
 
 
 def summarise(cards, measured, references, rows):
@@ -1123,12 +1121,8 @@ def report(arguments):
     test = pictures["test"]
     probabilities, measured, cards = {}, {}, {}
     for model, (network, card) in restored.items():
-        probabilities[model] = predict(runs.for_prediction(network), test.images)
         cards[model] = card
-        measured[model] = {
-            **measure(probabilities[model], test.masks),
-            "checkerboard": checkerboard(probabilities[model]),
-        }
+        measured[model], probabilities[model] = evaluate(network, test)
         print(f"\n{model}: {card['parameters']['trainable']:,} parameters")
         runs.print_metrics(measured[model], card)
         if card["dataset"]["sha256"] != checksums:

@@ -1,6 +1,7 @@
 """The flags every script has, seeding, and how a script ends when something is wrong that the user can mend."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import shlex
@@ -85,6 +86,15 @@ def parse(flags, argv=None):
         raise UserError(f"--seed {arguments.seed} is out of range; choose one from 0 to {2**32 - 1}")
     arguments.command = shlex.join(["python", flags.prog, *(sys.argv[1:] if argv is None else argv)])
     return arguments
+
+
+def with_flags(recipe, arguments):
+    """Returns `recipe`, a dataclass with `epochs` and `batch_size`, with what the command line changes."""
+    return dataclasses.replace(
+        recipe,
+        epochs=arguments.epochs or (1 if arguments.quick else recipe.epochs),
+        batch_size=arguments.batch_size or recipe.batch_size,
+    )
 
 
 def positive(text):

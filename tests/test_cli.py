@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from common import cli
@@ -71,3 +73,17 @@ def test_interrupt_exits_with_130(capsys):
         cli.run(interrupt)
     assert stop.value.code == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_the_command_line_changes_a_recipe_where_it_says_so():
+    @dataclasses.dataclass(frozen=True)
+    class Recipe:
+        epochs: int = 7
+        batch_size: int = 64
+
+    def changed(*argv):
+        return cli.with_flags(Recipe(), cli.parse(cli.parser("", ["a"]), ["--train", *argv]))
+
+    assert changed() == Recipe()
+    assert changed("--quick") == Recipe(epochs=1)
+    assert changed("--quick", "--epochs", "3", "--batch-size", "8") == Recipe(3, 8)
