@@ -506,18 +506,20 @@ class Sampler(keras.Model):
 
     def predict_target(self, noisy, time, category, elevation):
         """What the network predicts, pushed away from what it would predict for any toy (Ho & Salimans 2022, eq. 6)."""
+        guidance = self.sampling.guidance
+        asked = [] if guidance == 0 else [(category, elevation)]
+        if guidance != 1:
+            asked.append((ops.full_like(category, ANY_CATEGORY), ops.full_like(elevation, ANY_ELEVATION)))
+        # Both in one batch: the loop then holds the network once, and compiles in half the time.
+        categories, elevations = (ops.concatenate(labels) for labels in zip(*asked, strict=True))
+        noisy = ops.concatenate([noisy] * len(asked))
         times = ops.full((ops.shape(noisy)[0], 1), 1.0) * time
-
-        def ask(category, elevation):
-            told = {"noisy": noisy, "time": times, "category": category, "elevation": elevation}
-            return ops.cast(self.network(told, training=False), "float32")
-
-        if self.sampling.guidance == 1:
-            return ask(category, elevation)
-        for_any = ask(ops.full_like(category, ANY_CATEGORY), ops.full_like(elevation, ANY_ELEVATION))
-        if self.sampling.guidance == 0:
-            return for_any
-        return for_any + self.sampling.guidance * (ask(category, elevation) - for_any)
+        told = {"noisy": noisy, "time": times, "category": categories, "elevation": elevations}
+        predictions = ops.split(ops.cast(self.network(told, training=False), "float32"), len(asked))
+        if len(asked) == 1:
+            return predictions[0]
+        for_this, for_any = predictions
+        return for_any + guidance * (for_this - for_any)
 
     def step(self, number, noisy, inputs):
         """Returns less noisy pictures: those at the end of step `number`, 0 for the first one."""

@@ -23,6 +23,10 @@ STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python, wh
 PACKAGES = ("keras", "tensorflow", "jax", "numpy", "scikit-learn")
 
 
+class Diverged(UserError):
+    """The loss of a training left the finite numbers."""
+
+
 class Checkpoint(keras.callbacks.Callback):
     """After every epoch writes weights, optimizer state, learning curves and seconds to a folder, and nothing half.
 
@@ -102,7 +106,8 @@ def fit(model, inputs, targets, *, epochs, batch_size, folder, settings, resume,
         epochs took together (float).
 
     Raises:
-        UserError: where the checkpoint cannot be used or the training left the finite numbers.
+        UserError: where the checkpoint cannot be used.
+        Diverged: a `UserError`, where the training left the finite numbers.
     """
     folder = Path(folder)
     if not resume:
@@ -116,7 +121,7 @@ def fit(model, inputs, targets, *, epochs, batch_size, folder, settings, resume,
         keywords |= {"initial_epoch": checkpoint.epoch, "epochs": epochs, "batch_size": batch_size}
         model.fit(inputs, targets, callbacks=callbacks, **keywords)
     if not np.isfinite(checkpoint.history["loss"][-1]) or checkpoint.epoch < epochs:
-        raise UserError("the loss is no longer a finite number; lower the learning rate or try another --seed")
+        raise Diverged("the loss is no longer a finite number; lower the learning rate or try another --seed")
     return checkpoint.history, checkpoint.seconds
 
 
@@ -170,7 +175,8 @@ def compile_options(steps):
     return {
         # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow; JAX always compiles.
         "jit_compile": "auto" if keras.backend.backend() == "jax" else False,
-        "steps_per_execution": min(STEPS_PER_EXECUTION, steps),
+        # A loop takes longer to compile than a single step, which a short training never earns back.
+        "steps_per_execution": STEPS_PER_EXECUTION if steps >= STEPS_PER_EXECUTION else 1,
     }
 
 

@@ -102,11 +102,12 @@ def test_damaged_checkpoint_is_a_user_error(name, tmp_path):
         fit(small_model(), tmp_path, 1, resume=True)
 
 
-def test_loss_that_leaves_the_finite_numbers_is_a_user_error(tmp_path):
+def test_loss_that_leaves_the_finite_numbers_is_told_apart_and_a_user_error(tmp_path):
     model = small_model()
     model.optimizer.learning_rate = 1e30
-    with pytest.raises(UserError, match="no longer a finite number"):
+    with pytest.raises(runs.Diverged, match="no longer a finite number"):
         fit(model, tmp_path, 9)
+    assert issubclass(runs.Diverged, UserError)
 
 
 def test_kill_9_in_the_middle_of_an_epoch(tmp_path):
