@@ -392,7 +392,7 @@ def test_load_reproduces_the_metrics_of_train(quick):
     backend, output_dir, flags, _ = quick
     path = output_dir / "report" / "results" / f"{task.SCRIPT}.json"
     trained = json.loads(path.read_text())
-    assert trained["models"]["unet_bilinear"]["number_of_seeds"] == task.NUM_SEEDS
+    assert trained["models"]["unet_bilinear"]["number_of_seeds"] == 1
     if backend == "jax":  # compiles for long on a CPU; the other backend shows that restoring works
         return
     path.unlink()
@@ -469,6 +469,7 @@ def test_saved_model_is_what_its_card_says(model):
     network, card = runs.load_model(SAVED / f"{model}.keras")
     assert card["parameters"]["total"] == network.count_params() <= 3_000_000
     assert card["recipe"] == json.loads(json.dumps(dataclasses.asdict(task.RECIPES[model])))
+    assert [each["seed"] for each in card["seeds"]] == list(range(task.NUM_SEEDS if model.startswith("unet") else 1))
     assert network.input_shape == (None, SIDE, SIDE, 3)
 
 
