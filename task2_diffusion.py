@@ -1094,6 +1094,7 @@ def report(arguments, trained=()):
     print(f"models from {folder}")
     network, card = runs.load_model(folder / "network.keras")
     judge, judge_card = runs.load_model(folder / "judge.keras")
+    pictures, checksums = load_pictures(arguments.data_dir, arguments.quick)
     sampling = dataclasses.replace(FINAL_SAMPLING, steps=QUICK_STEPS) if arguments.quick else FINAL_SAMPLING
     sampler = Sampler(runs.for_prediction(network), Recipe(**card["recipe"]), sampling)
     drawings = arguments.output_dir / "report" / "figures" / SCRIPT
@@ -1107,7 +1108,6 @@ def report(arguments, trained=()):
         draw_interpolations(repeatable, arguments.seed, drawings),
         draw_learning_curves(card, drawings),
     ]
-    pictures, checksums = load_pictures(arguments.data_dir, arguments.quick)
     count = QUICK_JUDGED if arguments.quick else NUM_JUDGED
     print(f"drawing and judging {count:,} samples")
     feature_network = load_feature_network(arguments.output_dir)

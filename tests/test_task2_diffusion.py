@@ -203,13 +203,12 @@ def test_every_other_choice_trains(tmp_path):
 
 
 def test_the_saved_weights_are_the_averaged_ones_also_after_a_resume(tmp_path):
-    pictures = random_pictures()
+    recipe, pictures = dataclasses.replace(TINY, widths=(8,), attention=False), random_pictures()
     options = {"folder": tmp_path / "averaged", "validation": None}
-    network, _, _ = task.train_network(TINY, pictures, 0, resume=False, **options)
-    again, _, _ = task.train_network(TINY, pictures, 0, resume=True, **options)
-    raw, _, _ = task.train_network(
-        dataclasses.replace(TINY, average=0.0), pictures, 0, folder=tmp_path / "raw", resume=False
-    )
+    network, _, _ = task.train_network(recipe, pictures, 0, resume=False, **options)
+    again, _, _ = task.train_network(recipe, pictures, 0, resume=True, **options)
+    unaveraged = dataclasses.replace(recipe, average=0.0)
+    raw, _, _ = task.train_network(unaveraged, pictures, 0, folder=tmp_path / "raw", resume=False)
 
     def distance(first, second):
         pairs = zip(first.get_weights(), second.get_weights(), strict=True)
