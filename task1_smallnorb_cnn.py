@@ -645,9 +645,7 @@ def run_experiments(arguments, examples):
             f", about {(time.time() - started) / number * (len(left) - number) / 60:.0f} minutes" if number else ""
         )
         print(f"{len(left) - number} of {len(planned)} runs left{minutes}: {factor}, {name}, toy {toy} held out")
-        recipe = dataclasses.replace(
-            recipe, epochs=arguments.epochs or recipe.epochs, batch_size=arguments.batch_size or recipe.batch_size
-        )
+        recipe = cli.with_flags(recipe, arguments)
         if recipe.image_size not in pictures_by_size:
             pictures_by_size[recipe.image_size] = prepare(examples, recipe.image_size, arguments.quick)
         pictures, held_out = hold_out_toy(pictures_by_size[recipe.image_size], toy)

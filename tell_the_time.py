@@ -632,11 +632,7 @@ def run_experiments(arguments):
     splits, _ = load_splits(arguments, SMALL)
     for number, name in enumerate(left):
         print(f"{len(left) - number} of {len(EXPERIMENTS)} runs left: {name}")
-        recipe = dataclasses.replace(
-            EXPERIMENTS[name],
-            epochs=arguments.epochs or EXPERIMENTS[name].epochs,
-            batch_size=arguments.batch_size or EXPERIMENTS[name].batch_size,
-        )
+        recipe = cli.with_flags(EXPERIMENTS[name], arguments)
         network, _, seconds = train_network(
             recipe,
             splits["train"],
