@@ -933,21 +933,18 @@ def train(arguments, dataset):
         if seed != arguments.seed:
             cards[model]["seeds"].append({"seed": seed, **metrics})
             continue
-        steps = math.ceil(len(pictures.images) / recipe.batch_size) * recipe.epochs
         cards[model] = {
-            "script": f"{SCRIPT}.py",
-            "model": model,
-            "command": arguments.command,
-            **runs.environment(),
-            "seed": seed,
-            "recipe": dataclasses.asdict(recipe),
-            "epochs": recipe.epochs,
-            "steps": steps,
-            "batch_size": recipe.batch_size,
-            "dataset": dataset_card(dataset),
-            "shortened": "--quick: a few pictures only" if arguments.quick else None,
-            "seconds": round(seconds, 1),
-            "curves": curves,
+            **runs.card(
+                SCRIPT,
+                model,
+                arguments,
+                recipe=recipe,
+                seed=seed,
+                dataset=dataset_card(dataset),
+                pictures=len(pictures.images),
+                curves=curves,
+                seconds=seconds,
+            ),
             "metrics": {
                 "train": evaluate(network, pictures)[0],
                 "validation": validation if model == "joint" else None,

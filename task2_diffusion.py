@@ -1054,31 +1054,29 @@ def train(arguments):
         recipe = cli.with_flags(FINAL if name == "network" else Recipe(epochs=JUDGE_EPOCHS), arguments)
         if name == "network":
             network, curves, seconds = train_network(recipe, pictures["train"], arguments.seed, **options)
-            more = {"recipe": dataclasses.asdict(recipe), "sampling": dataclasses.asdict(FINAL_SAMPLING)}
         else:
             options |= {"epochs": recipe.epochs, "batch_size": recipe.batch_size}
             network, curves, seconds = train_judge(pictures["train"], arguments.seed, **options)
-            more = {}
-        card = {
-            "script": f"{SCRIPT}.py",
-            "model": name,
-            "command": arguments.command,
-            **runs.environment(),
-            "seed": arguments.seed,
-            **more,
-            "epochs": recipe.epochs,
-            "steps": math.ceil(len(pictures["train"].images) / recipe.batch_size) * recipe.epochs,
-            "batch_size": recipe.batch_size,
-            "dataset": {
+        card = runs.card(
+            SCRIPT,
+            name,
+            arguments,
+            recipe=recipe,
+            seed=arguments.seed,
+            dataset={
                 "name": "smallnorb, left views at 48 x 48",
                 **{part: len(some.images) for part, some in pictures.items()},
                 "sha256": checksums,
             },
-            "shortened": "--quick: a few pictures only" if arguments.quick else None,
-            "seconds": round(seconds, 1),
-            "curves": curves,
-            "metrics": {},
-        }
+            pictures=len(pictures["train"].images),
+            curves=curves,
+            seconds=seconds,
+        )
+        card["metrics"] = {}
+        if name == "network":
+            card["sampling"] = dataclasses.asdict(FINAL_SAMPLING)
+        else:
+            del card["recipe"]  # the judge takes nothing from it but epochs and batch size
         runs.save_model(network, arguments.output_dir / "saved_models" / SCRIPT / f"{name}.keras", card)
     return set(names)
 

@@ -845,23 +845,21 @@ def train(arguments):
         splits = split_pictures(pictures)
         fast = runs.for_prediction(network)
         card = {
-            "script": f"{SCRIPT}.py",
-            "model": name,
-            "command": arguments.command,
-            **runs.environment(),
-            "seed": arguments.seed,
-            "recipe": dataclasses.asdict(recipe),
-            "epochs": recipe.epochs,
-            "steps": math.ceil(len(splits["train"].images) / recipe.batch_size) * recipe.epochs,
-            "batch_size": recipe.batch_size,
-            "dataset": {
-                "name": f"{pictures.source} clocks of {recipe.size} x {recipe.size} pixels",
-                **{part: len(split.images) for part, split in splits.items()},
-                "sha256": pictures.checksum,
-            },
-            "shortened": "--quick: a few pictures only" if arguments.quick else None,
-            "seconds": round(seconds, 1),
-            "curves": curves,
+            **runs.card(
+                SCRIPT,
+                name,
+                arguments,
+                recipe=recipe,
+                seed=arguments.seed,
+                dataset={
+                    "name": f"{pictures.source} clocks of {recipe.size} x {recipe.size} pixels",
+                    **{part: len(split.images) for part, split in splits.items()},
+                    "sha256": pictures.checksum,
+                },
+                pictures=len(splits["train"].images),
+                curves=curves,
+                seconds=seconds,
+            ),
             "metrics": {
                 part: measure(read_clocks(fast, split.images, recipe.representation), split.minutes)
                 for part, split in splits.items()

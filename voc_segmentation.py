@@ -1050,24 +1050,22 @@ def train(arguments):
             cards[model]["seeds"].append(about)
             continue
         cards[model] = {
-            "script": f"{SCRIPT}.py",
-            "model": model,
-            "command": arguments.command,
-            **runs.environment(),
-            "seed": seed,
-            "recipe": dataclasses.asdict(recipe),
-            "epochs": recipe.epochs,
+            **runs.card(
+                SCRIPT,
+                model,
+                arguments,
+                recipe=recipe,
+                seed=seed,
+                dataset={
+                    "name": f"PASCAL VOC 2012 at {IMAGE_SIZE} x {IMAGE_SIZE}",
+                    **{part: len(some.images) for part, some in pictures.items()},
+                    "sha256": checksums,
+                },
+                pictures=len(pictures["train"].images),
+                curves=curves,
+                seconds=seconds,
+            ),
             "kept_epoch": int(np.argmax(curves["validation_dice"])) + 1,
-            "steps": math.ceil(len(pictures["train"].images) / recipe.batch_size) * recipe.epochs,
-            "batch_size": recipe.batch_size,
-            "dataset": {
-                "name": f"PASCAL VOC 2012 at {IMAGE_SIZE} x {IMAGE_SIZE}",
-                **{part: len(some.images) for part, some in pictures.items()},
-                "sha256": checksums,
-            },
-            "shortened": "--quick: a few pictures only" if arguments.quick else None,
-            "seconds": round(seconds, 1),
-            "curves": curves,
             "metrics": metrics,
             "seeds": [about],
         }
