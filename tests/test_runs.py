@@ -1,5 +1,7 @@
 """Checkpoints, saved models with cards, and experiment tables."""
 
+import argparse
+import dataclasses
 import json
 import signal
 import subprocess
@@ -211,6 +213,22 @@ def test_metrics_that_differ_are_marked(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "half a per cent" in lines[0]
     assert lines[2] == "error    2.0050    2.0000"
+
+
+def test_cards_say_how_long_a_training_was_and_whether_it_was_whole():
+    @dataclasses.dataclass
+    class Recipe:
+        epochs: int = 3
+        batch_size: int = 10
+
+    arguments = argparse.Namespace(command="script.py --train", quick=False)
+    about = {"recipe": Recipe(), "seed": 7, "dataset": {}, "pictures": 25, "curves": {"loss": [1.0]}, "seconds": 1.23}
+    card = runs.card("script", "model", arguments, **about)
+    assert card["steps"] == 3 * 3  # the last batch of an epoch is a small one
+    assert (card["script"], card["command"], card["seed"]) == ("script.py", "script.py --train", 7)
+    assert card["recipe"] == {"epochs": 3, "batch_size": 10}
+    assert card["shortened"] is None
+    assert runs.card("script", "model", argparse.Namespace(command="", quick=True), **about)["shortened"]
 
 
 def test_model_for_prediction_differs_by_rounding(monkeypatch):
