@@ -63,7 +63,6 @@ class Checkpoint(keras.callbacks.Callback):
                     f"the checkpoint in {self.folder} was made with other settings ({', '.join(changed)}); "
                     "use those again, or start over without --resume"
                 )
-            model.optimizer.build(model.trainable_variables)
             model.load_weights(self.folder / state["weights"])
             self.epoch, self.history, self.seconds = state["epoch"], state["history"], state["seconds"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -115,6 +114,8 @@ def fit(model, inputs, targets, *, epochs, batch_size, folder, settings, resume,
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     checkpoint = Checkpoint(folder, {**settings, "epochs": epochs, "batch_size": batch_size})
+    # Its state must exist before it is restored; and TensorFlow traces a step twice that creates variables.
+    model.optimizer.build(model.trainable_variables)
     checkpoint.restore(model)
     if checkpoint.epoch:
         print(f"resuming after epoch {checkpoint.epoch} of {epochs}")
