@@ -20,6 +20,7 @@ figures: .venv/.run  ## every figure and result again from the saved models
 	$(BIN)/python task1_smallnorb_cnn.py --load
 	$(BIN)/python task2_diffusion.py --load
 	$(BIN)/python tell_the_time.py --load
+	$(BIN)/python fashion_cifar_mlp_cnn.py --load
 	$(BIN)/python addnist_classifier.py --load
 	$(BIN)/python voc_segmentation.py --load
 

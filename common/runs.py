@@ -183,6 +183,14 @@ def compile_options(steps):
     }
 
 
+def set_weights(model, weights):
+    """`keras.Model.set_weights`, after which `Normalization` layers use the new mean and variance, too."""
+    model.set_weights(weights)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
+
+
 def for_prediction(model):
     """Returns a copy of a float32 `model` that predicts fast here: its convolutions compute as `fast_precision` says.
 
@@ -200,7 +208,7 @@ def for_prediction(model):
         return type(layer).from_config(config)
 
     fast = keras.models.clone_model(model, clone_function=copy)
-    fast.set_weights(model.get_weights())
+    set_weights(fast, model.get_weights())
     return fast
 
 
@@ -255,13 +263,20 @@ def parameter_counts(model):
     return {"trainable": sum(int(np.prod(v.shape)) for v in model.trainable_variables), "total": model.count_params()}
 
 
-def round_weights(model):
-    """Rounds the float32 weights of `model` to half precision, in place, so that they compress to half the space.
+def round_weights(model, precision="float16"):
+    """Rounds the float32 weights of `model` to 16 bits, in place, so that they compress to 60 % of the space or less.
 
     They stay float32 for Keras. To be called before the model is evaluated.
+
+    Args:
+        model: `keras.Model`.
+        precision: "float16" (11 significant bits) or "bfloat16" (8, and files that are smaller by a quarter).
     """
-    rounded = [np.float32(np.float16(each)) if each.dtype == "float32" else each for each in model.get_weights()]
-    model.set_weights(rounded)
+
+    def rounded(weights):
+        return keras.ops.convert_to_numpy(keras.ops.cast(keras.ops.cast(weights, precision), "float32"))
+
+    set_weights(model, [rounded(each) if each.dtype == "float32" else each for each in model.get_weights()])
 
 
 def save_model(model, path, card):

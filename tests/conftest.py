@@ -1,4 +1,4 @@
-"""What several tests need: a folder that looks like the whole of smallNORB, and the real one where it is installed."""
+"""What several tests need: running a script, folders that look like whole datasets, and where the real ones are."""
 
 import contextlib
 import importlib
@@ -85,6 +85,27 @@ def fake_data_dir(tmp_path_factory):
     checksums = {f"{split}_{field}": "0" * 64 for split in ("train", "test") for field in source.features}
     names = ["four-legged animals", "human figures", "airplanes", "trucks", "cars"]
     (cache / "manifest.json").write_text(json.dumps({"class_names": names, "sha256": checksums}))
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def fake_labelled_dir(tmp_path_factory):
+    """A data folder with full-size caches of Fashion-MNIST and CIFAR-10: noise that gets brighter with the class."""
+    data_dir = tmp_path_factory.mktemp("labelled")
+    generator = np.random.default_rng(0)
+    for name in ("fashion_mnist", "cifar10"):
+        source = datasets.SOURCES[name]
+        cache = data_dir / "cache" / name
+        cache.mkdir(parents=True)
+        labels = np.arange(500) % 10
+        images = generator.integers(0, 120, (500, *source.image_shape), dtype=np.uint8)
+        images += (labels * 14).astype(np.uint8)[:, None, None, None]
+        for split, size in source.sizes.items():
+            np.save(cache / f"{split}_images.npy", np.tile(images, (size // 500, 1, 1, 1)))
+            np.save(cache / f"{split}_labels.npy", np.tile(labels, size // 500))
+        checksums = {f"{split}_{field}": "0" * 64 for split in source.sizes for field in source.features}
+        names = [f"class {number}" for number in range(10)]
+        (cache / "manifest.json").write_text(json.dumps({"class_names": names, "sha256": checksums}))
     return data_dir
 
 

@@ -156,18 +156,20 @@ def test_saved_model_comes_back_without_optimizer(saved):
     assert card["metrics"]["test"]["accuracy"] == 1.0
 
 
-def test_rounded_weights_are_half_precision_and_compress(tmp_path):
+@pytest.mark.parametrize(("precision", "bits", "share"), [("float16", 11, 0.7), ("bfloat16", 8, 0.55)])
+def test_rounded_weights_have_fewer_bits_and_compress(precision, bits, share, tmp_path):
     model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(500)])
     runs.save_model(model, tmp_path / "full.keras", {})
     before = model.get_weights()[0]
-    runs.round_weights(model)
+    runs.round_weights(model, precision)
     after = model.get_weights()[0]
     assert after.dtype == "float32"
-    assert np.array_equal(after, after.astype("float16"))
-    assert 0 < np.abs(after - before).max() < 2**-11 * np.abs(before).max() * 1.01
-    runs.save_model(model, tmp_path / "half.keras", {})
-    assert (tmp_path / "half.keras").stat().st_size < 0.7 * (tmp_path / "full.keras").stat().st_size
-    assert np.array_equal(runs.load_model(tmp_path / "half.keras")[0].get_weights()[0], after)
+    mantissas = np.frexp(after)[0] * 2**bits
+    assert np.array_equal(mantissas, np.rint(mantissas))
+    assert 0 < np.abs(after - before).max() < 2**-bits * np.abs(before).max() * 1.01
+    runs.save_model(model, tmp_path / "rounded.keras", {})
+    assert (tmp_path / "rounded.keras").stat().st_size < share * (tmp_path / "full.keras").stat().st_size
+    assert np.array_equal(runs.load_model(tmp_path / "rounded.keras")[0].get_weights()[0], after)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,16 @@ def test_cards_say_how_long_a_training_was_and_whether_it_was_whole():
     assert card["recipe"] == {"epochs": 3, "batch_size": 10}
     assert card["shortened"] is None
     assert runs.card("script", "model", argparse.Namespace(command="", quick=True), **about)["shortened"]
+
+
+def test_copied_weights_are_those_that_standardise():
+    pictures = np.random.default_rng(0).normal(3, 2, size=(50, 4)).astype("float32")
+    first, second = (keras.Sequential([keras.Input((4,)), keras.layers.Normalization()]) for _ in range(2))
+    first.layers[0].adapt(pictures)
+    runs.set_weights(second, first.get_weights())
+    standardised = second.predict(pictures, verbose=0)
+    assert np.allclose(standardised, first.predict(pictures, verbose=0))
+    assert np.allclose(standardised.std(axis=0), 1, atol=1e-3)
 
 
 def test_model_for_prediction_differs_by_rounding(monkeypatch):
