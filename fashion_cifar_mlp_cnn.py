@@ -32,6 +32,7 @@ from sklearn.model_selection import train_test_split
 from common import cli, figures, runs
 from common.datasets import load_cifar10, load_fashion_mnist
 from common.files import write_json
+from common.metrics import standard_deviation
 
 SCRIPT = "fashion_cifar_mlp_cnn"
 NETWORKS = ("mlp", "cnn")
@@ -877,11 +878,6 @@ def train(arguments):
             runs.save_model(network, arguments.output_dir / "saved_models" / SCRIPT / f"{model}.keras", cards[model])
 
 
-def deviation(values):
-    """Standard deviation of a sample (list of float); 0 for a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
 def summarise(cards, measured, rows):
     """Builds what `report/results/fashion_cifar_mlp_cnn.json` holds.
 
@@ -894,7 +890,7 @@ def summarise(cards, measured, rows):
         dict: `models` (configuration, test metrics of the saved network, accuracy in % as mean and standard deviation
         of the seeds), `pictures` (how many each split has), `short` (what a short run is), `experiments` (validation
         accuracy, 0 to 1, per dataset, network, budget and configuration: mean, standard deviation and number of the
-        seeds) and `transfer`.
+        seeds), `experiment_hours` and `transfer`.
     """
     models = {}
     for model, card in cards.items():
@@ -906,7 +902,7 @@ def summarise(cards, measured, rows):
             "test": measured[model],
             "seeds": len(card["seeds"]),
             "mean": {part: float(np.mean(values)) for part, values in accuracies.items()},
-            "std": {part: deviation(values) for part, values in accuracies.items()},
+            "std": {part: standard_deviation(values) for part, values in accuracies.items()},
             "parameters": card["parameters"]["trainable"],
             "epochs": card["epochs"],
             "minutes": round(card["seconds"] / 60, 1),
@@ -918,7 +914,7 @@ def summarise(cards, measured, rows):
         of_kind = experiments.setdefault(dataset, {}).setdefault(network, {}).setdefault(budget, {})
         for name in mean_accuracies(rows, dataset, network, budget):
             values = seed_accuracies(rows, dataset, network, budget, name)
-            of_kind[name] = {"mean": float(np.mean(values)), "std": deviation(values), "seeds": len(values)}
+            of_kind[name] = {"mean": float(np.mean(values)), "std": standard_deviation(values), "seeds": len(values)}
     for network in NETWORKS:
         correlation = rank_correlation(rows, network)
         if not math.isnan(correlation):
@@ -935,6 +931,7 @@ def summarise(cards, measured, rows):
             network: {"epochs": SHORT_EPOCHS[network], "pictures": SHORT_PICTURES[network]} for network in NETWORKS
         },
         "experiments": experiments,
+        "experiment_hours": sum(float(row["seconds"]) for row in rows) / 3600,
         "transfer": transfer,
     }
 

@@ -34,6 +34,7 @@ from common import cli, figures, runs
 from common.datasets import SMALLNORB_CATEGORIES as CATEGORIES
 from common.datasets import SMALLNORB_ELEVATION_DEGREES, area_average, load_smallnorb
 from common.files import write_json
+from common.metrics import standard_deviation
 
 SCRIPT = "task1_smallnorb_cnn"
 MODELS = ["joint", "category", "elevation"]
@@ -487,7 +488,7 @@ def train_network(recipe, pictures, seed, *, folder, resume, held_out=None):
         callbacks=callbacks,
     )
     full_precision = build_network(recipe)
-    full_precision.set_weights(network.get_weights())
+    runs.set_weights(full_precision, network.get_weights())
     return full_precision, curves, seconds
 
 
@@ -992,7 +993,7 @@ def summarise(cards, measured, references, rows):
         results["seeds"] = {
             "number": len(seeds),
             "mean": {name: float(np.mean([run[name] for run in seeds])) for name in measured["joint"]},
-            "std": {name: float(np.std([run[name] for run in seeds], ddof=1)) for name in measured["joint"]},
+            "std": {name: standard_deviation([run[name] for run in seeds]) for name in measured["joint"]},
         }
     return results
 

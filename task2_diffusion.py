@@ -429,7 +429,7 @@ def train_network(recipe, pictures, seed, *, folder, resume, validation=None):
     # training was restored.
     model.optimizer.finalize_variable_values(model.trainable_variables)
     full_precision = build_network(recipe)
-    full_precision.set_weights(network.get_weights())
+    runs.set_weights(full_precision, network.get_weights())
     return full_precision, curves, seconds
 
 
@@ -464,7 +464,7 @@ def train_judge(pictures, seed, *, epochs, batch_size, folder, resume, validatio
         resume=resume,
     )
     full_precision = build_judge()
-    full_precision.set_weights(judge.get_weights())
+    runs.set_weights(full_precision, judge.get_weights())
     return full_precision, curves, seconds
 
 

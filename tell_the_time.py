@@ -522,7 +522,7 @@ def train_network(recipe, split, seed, *, folder, resume, validation=None):
         callbacks=[CommonSense(recipe.representation, validation)] if validation else [],
     )
     full_precision = build_network(recipe)
-    full_precision.set_weights(network.get_weights())
+    runs.set_weights(full_precision, network.get_weights())
     return full_precision, curves, seconds
 
 

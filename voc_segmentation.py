@@ -39,6 +39,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from common import cli, figures, runs
 from common.cli import UserError
 from common.files import building, replacing, write_json
+from common.metrics import standard_deviation
 
 SCRIPT = "voc_segmentation"
 IMAGE_SIZE = 128
@@ -599,7 +600,7 @@ def train_network(recipe, pictures, seed, *, folder, resume, validation):
     )
     network.load_weights(best.weights)
     full_precision = build_network(recipe)
-    full_precision.set_weights(network.get_weights())
+    runs.set_weights(full_precision, network.get_weights())
     runs.round_weights(full_precision)  # three networks have to fit into 20 MB
     return full_precision, curves, seconds
 
@@ -1081,8 +1082,11 @@ def summarise(cards, measured, references, rows):
         seeds = {}
         for metric in measured[model]:
             values = [seed["metrics"]["test"][metric] for seed in card["seeds"]]
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-            seeds[metric] = {"values": values, "mean": float(np.mean(values)), "std": spread}
+            seeds[metric] = {
+                "values": values,
+                "mean": float(np.mean(values)),
+                "std": standard_deviation(values),
+            }
         models[model] = {
             "test": measured[model],
             "over_average_mask": measured[model]["foreground_iou"] - references["average_mask"]["foreground_iou"],

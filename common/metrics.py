@@ -1,8 +1,13 @@
-"""Metrics that Keras and scikit-learn do not have: how far two sets of pictures are apart, by their features."""
+"""Metrics that Keras and scikit-learn do not have: the spread of seeds, and how far two sets of pictures are apart."""
 
 import numpy as np
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 50, 1000
+
+
+def standard_deviation(values):
+    """Estimates how far apart seeds are from the results of a few (list of float): float, 0 for a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def frechet_distance(first, second):

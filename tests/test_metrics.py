@@ -1,4 +1,4 @@
-"""Distances between sets of features, on sets whose distance is known."""
+"""Spreads and distances that are known."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,11 @@ import pytest
 from common import metrics
 
 GENERATOR = np.random.default_rng(0)
+
+
+def test_standard_deviation_is_that_of_a_sample():
+    assert metrics.standard_deviation([1.0, 3.0]) == pytest.approx(2**0.5)
+    assert metrics.standard_deviation([4.0]) == 0
 
 
 def test_frechet_distance_of_a_set_from_itself_is_zero():

@@ -215,6 +215,16 @@ def test_metrics_that_differ_are_marked(capsys):
     assert lines[2] == "error    2.0050    2.0000"
 
 
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_only_bfloat16_is_rounded_differently_by_another_processor(precision, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "fast_precision", lambda: precision)
+    card = {**runs.environment(), "hardware": "another", "metrics": {"test": {"error": 2.0}}}
+    runs.print_metrics({"error": 2.005}, card)
+    printed = capsys.readouterr().out
+    assert ("on another;" in printed) == (precision == "mixed_bfloat16")
+    assert ("differs" in printed) == (precision == "float32")
+
+
 def test_cards_say_how_long_a_training_was_and_whether_it_was_whole():
     @dataclasses.dataclass
     class Recipe:
