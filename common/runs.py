@@ -177,8 +177,9 @@ def building_for_speed():
 def compile_options(steps):
     """Returns keyword arguments of `keras.Model.compile` that make a training of `steps` steps (int) fastest."""
     return {
-        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow; JAX always compiles.
-        "jit_compile": "auto" if keras.backend.backend() == "jax" else False,
+        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow. Under JAX all of our layers can be
+        # compiled, but "auto" would run every step uncompiled where there is one layer like RandomTranslation.
+        "jit_compile": keras.backend.backend() == "jax",
         # A loop takes longer to compile than a single step, which a short training never earns back.
         "steps_per_execution": STEPS_PER_EXECUTION if steps >= STEPS_PER_EXECUTION else 1,
     }

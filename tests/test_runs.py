@@ -225,6 +225,12 @@ def test_only_bfloat16_is_rounded_differently_by_another_processor(precision, ca
     assert ("differs" in printed) == (precision == "float32")
 
 
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_every_step_is_compiled_under_jax(backend, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: backend)
+    assert runs.compile_options(1)["jit_compile"] is (backend == "jax")
+
+
 def test_cards_say_how_long_a_training_was_and_whether_it_was_whole():
     @dataclasses.dataclass
     class Recipe:
