@@ -259,7 +259,7 @@ def test_saved_models_were_trained_by_their_recipes(model):
     recipe = json.loads(json.dumps(dataclasses.asdict(task.recipes(network)[name])))
     assert card["recipe"] == recipe
     assert card["shortened"] is None
-    assert len(card["seeds"]) == (1 if model == "cifar_cnn_2" else task.NUM_SEEDS)
+    assert len(card["seeds"]) == task.NUM_SEEDS
     assert len(card["curves"]["loss"]) == recipe["epochs"]
 
 
