@@ -17,6 +17,7 @@ And the grey of the background alone gives the elevation away: looking it up is 
 
 from common import quiet  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -69,7 +70,7 @@ class Recipe:
         image_size: side of the pictures in pixels.
         standardize: whether each stereo pair is brought to mean 0 and standard deviation 1 inside the network.
         augmentations: tuple out of `AUGMENTATIONS`.
-        architecture: "plain", "residual" or "separable".
+        architecture: one of `ARCHITECTURES`.
         width: filters of the first stage of convolutions.
         local_contrast: sides, in pixels, of the surroundings that are subtracted from the grey to make extra channels.
         dropout: rate before the output layers.
@@ -288,6 +289,11 @@ def convolution(filters, kernel_size=3, **keywords):
     return layers.Conv2D(filters, kernel_size, padding="same", kernel_initializer="he_normal", **keywords)
 
 
+def stem(features, width):
+    """Halves the pictures: symbolic tensors (n, size, size, channels) to (n, size / 2, size / 2, width)."""
+    return convolution(width, 5, strides=2, activation="relu")(features)
+
+
 def build_plain(features, width):
     """Three stages of two convolutions and a pooling (VGG style; Simonyan & Zisserman 2015).
 
@@ -299,8 +305,9 @@ def build_plain(features, width):
         width: int, filters of the first stage; the later ones have twice and four times as many.
 
     Returns:
-        Symbolic tensor (n, size / 8, size / 8, 4 width).
+        Symbolic tensor (n, size / 16, size / 16, 4 width).
     """
+    features = stem(features, width)
     for filters in (width, 2 * width, 4 * width):
         features = convolution(filters, activation="relu")(features)
         features = convolution(filters, use_bias=False)(features)
@@ -312,6 +319,7 @@ def build_plain(features, width):
 
 def build_residual(features, width):
     """Three residual blocks, each followed by a pooling (He et al. 2016). Arguments and result as `build_plain`."""
+    features = stem(features, width)
     for filters in (width, 2 * width, 4 * width):
         shortcut = convolution(filters, 1, use_bias=False)(features)
         features = convolution(filters, use_bias=False)(features)
@@ -327,6 +335,7 @@ def build_residual(features, width):
 
 def build_separable(features, width):
     """`build_plain` with depthwise-separable convolutions (Chollet 2017): a ninth of the multiplications."""
+    features = stem(features, width)
     for filters in (width, 2 * width, 4 * width):
         features = layers.SeparableConv2D(filters, 3, padding="same", activation="relu")(features)
         features = layers.SeparableConv2D(filters, 3, padding="same", use_bias=False)(features)
@@ -336,7 +345,33 @@ def build_separable(features, width):
     return features
 
 
-ARCHITECTURES = {"plain": build_plain, "residual": build_residual, "separable": build_separable}
+def build_convnext(features, width):
+    """A small ConvNeXt (Liu et al. 2022): patches, then three stages of two residual blocks with 7 x 7 neighbourhoods.
+
+    Each block looks around with one 7 x 7 filter a channel and then mixes the channels of every place. Looking around
+    is cheap and happens on 12 x 12 places or fewer, so that from the first block on a filter sees half of the toy,
+    where `build_plain` begins with details. Everything is normalised place by place, nothing by the rest of the batch.
+    Arguments and result as `build_plain`.
+    """
+    for stage, filters in enumerate((width, 2 * width, 4 * width)):
+        side = 4 if stage == 0 else 2
+        features = layers.Conv2D(filters, side, strides=side)(features)
+        features = layers.LayerNormalization()(features)
+        for _ in range(2):
+            change = layers.DepthwiseConv2D(7, padding="same")(features)
+            change = layers.LayerNormalization()(change)
+            change = layers.Dense(3 * filters, activation="gelu")(change)
+            change = layers.Dense(filters)(change)
+            features = layers.Add()([features, change])
+    return layers.LayerNormalization()(features)
+
+
+ARCHITECTURES = {
+    "plain": build_plain,
+    "residual": build_residual,
+    "separable": build_separable,
+    "convnext": build_convnext,
+}
 
 
 def build_network(recipe):
@@ -358,7 +393,6 @@ def build_network(recipe):
         # What differs from its surroundings, at several distances, beside the grey itself (Ciresan et al. 2011).
         surroundings = [layers.AveragePooling2D(side, 1, padding="same")(features) for side in recipe.local_contrast]
         features = layers.Concatenate()([features, *(layers.Subtract()([features, mean]) for mean in surroundings)])
-    features = convolution(recipe.width, 5, strides=2, activation="relu")(features)
     features = ARCHITECTURES[recipe.architecture](features, recipe.width)
     features = layers.GlobalAveragePooling2D(name="features")(features)
     features = layers.Dropout(recipe.dropout)(features)
@@ -469,7 +503,9 @@ def train_network(recipe, pictures, seed, *, folder, resume, held_out=None):
     """
     keras.utils.set_random_seed(seed)
     steps_per_epoch = math.ceil(len(pictures.images) / recipe.batch_size)
-    with runs.building_for_speed() as precision:
+    # What lies between the convolutions of a ConvNeXt takes longer in bfloat16 than they gain by it.
+    in_float32 = recipe.architecture == "convnext"
+    with contextlib.nullcontext("float32") if in_float32 else runs.building_for_speed() as precision:
         network = build_network(recipe)
         model = compile_for_training(network, recipe, steps_per_epoch * recipe.epochs, seed)
     callbacks = []
@@ -560,7 +596,11 @@ EXPERIMENTS = {
         "none": change(augmentations=()),
         **{f"{name} alone": change(augmentations=(name,)) for name in AUGMENTATIONS},
     },
-    "architecture": {"residual": change(architecture="residual"), "separable": change(architecture="separable")},
+    "architecture": {
+        "residual": change(architecture="residual"),
+        "separable": change(architecture="separable"),
+        "convnext": change(architecture="convnext"),
+    },
     "width": {"width 16": change(width=16), "width 48": change(width=48)},
     "heads": {"category only": change(outputs=("category",)), "elevation only": change(outputs=("elevation",))},
     "elevation loss": {
@@ -588,12 +628,19 @@ FULL_LENGTH = change(augmentations=("shift", "scale", "rotation", "flip", "backg
 
 # What the experiments led to. Sixteen epochs on five toys are as many steps as twenty on the four of a fold.
 FINAL = dataclasses.replace(FULL_LENGTH, width=48, elevation_loss="expectation", elevation_weight=0.5, epochs=16)
-FINAL_ON_FOLDS = "final recipe, 20 epochs"
+FINAL_ON_FOLDS = "20 epochs, 48 filters, plain"
+EVERY_TOY = "every toy"  # the factor whose recipes are trained on all five folds
 SHOWN_CURVES = "20 epochs"  # whose curves on held-out toys the figure shows
 EXPERIMENTS["full length"] = {
     "20 epochs": FULL_LENGTH,
-    FINAL_ON_FOLDS: dataclasses.replace(FINAL, epochs=20),
     "20 epochs, expectation of 9 classes": dataclasses.replace(FULL_LENGTH, elevation_loss="expectation"),
+    "20 epochs, 48 filters, plain": dataclasses.replace(FINAL, architecture="plain", epochs=20),
+    "20 epochs, 48 filters, convnext": dataclasses.replace(FINAL, architecture="convnext", epochs=20),
+}
+# Which toys are held out matters more than any setting, so two architectures meet on all of them.
+EXPERIMENTS[EVERY_TOY] = {
+    f"6 epochs, 48 filters, {architecture}": dataclasses.replace(FINAL, architecture=architecture, epochs=6)
+    for architecture in ("plain", "convnext")
 }
 RECIPES = {
     "joint": FINAL,
@@ -617,8 +664,21 @@ def experiment_means(rows):
     return means
 
 
+def planned_runs():
+    """Returns all runs of the experiments, in order: list of (factor, name, recipe, held-out toy).
+
+    The folds of a recipe follow each other, so that an interrupted comparison is still a fair one.
+    """
+    return [
+        (factor, name, recipe, toy)
+        for factor, recipes in EXPERIMENTS.items()
+        for name, recipe in recipes.items()
+        for toy in (TRAINING_TOYS if factor == EVERY_TOY else EXPERIMENT_TOYS)
+    ]
+
+
 def run_experiments(arguments, examples):
-    """Trains every recipe of `EXPERIMENTS` on the folds of `EXPERIMENT_TOYS`; adds one row a run to the CSV table.
+    """Trains every recipe of `EXPERIMENTS` on the folds of `planned_runs`; adds one row a run to the CSV table.
 
     Args:
         arguments: from `cli.parse`.
@@ -626,13 +686,7 @@ def run_experiments(arguments, examples):
     """
     results_folder = arguments.output_dir / "report" / "results"
     table = runs.experiments_table(arguments.output_dir, SCRIPT)
-    # All folds of one factor after the other, so that an interrupted comparison is still a fair one.
-    planned = [
-        (factor, name, recipe, toy)
-        for factor, recipes in EXPERIMENTS.items()
-        for name, recipe in recipes.items()
-        for toy in EXPERIMENT_TOYS
-    ]
+    planned = planned_runs()
     finished = {
         (row["factor"], row["name"], int(row["held_out_toy"]), int(row["seed"])) for row in runs.read_rows(table)
     }
@@ -802,8 +856,9 @@ def draw_mistakes(pictures, predictions, folder):
 
 def draw_experiments(rows, folder):
     """Every experiment with one point per held-out toy, the baseline as a line."""
-    rows = [row for row in rows if row["factor"] in EXPERIMENTS]
-    names = list(dict.fromkeys((row["factor"], row["name"]) for row in rows))
+    rows = [row for row in rows if row["factor"] in EXPERIMENTS and row["factor"] != EVERY_TOY]
+    done = {(row["factor"], row["name"]) for row in rows}
+    names = [name for name in dict.fromkeys(run[:2] for run in planned_runs()) if name in done]
     figure, axes = plt.subplots(1, 3, figsize=(11, 0.24 * len(names) + 1.4), sharey=True)
     panels = (
         ("category errors in %", lambda row: 100 - 100 * float(row["category_accuracy"] or "nan")),
@@ -830,6 +885,43 @@ def draw_experiments(rows, folder):
     axes[0].set_title("Each change from the baseline (grey line), on toys that were held out")
     axes[2].legend(loc="lower right", fontsize=8, frameon=True)
     return figures.save(figure, folder / "experiments.png")
+
+
+def draw_every_toy(rows, examples, folder):
+    """The training toys, and the errors of each architecture on those that were held out from its training.
+
+    Args:
+        rows: list of dict of str, the experiment table.
+        examples: `common.datasets.StereoImages`, the official training set.
+        folder: `pathlib.Path` of the figure.
+    """
+    figure = plt.figure(figsize=(11, 5))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
+    shown = (examples.elevation == 2) & (examples.lighting == 2)
+    lines = left.subplots(len(TRAINING_TOYS), len(CATEGORIES))
+    for row, (line, toy) in enumerate(zip(lines, TRAINING_TOYS, strict=True)):
+        for category, panel in enumerate(line):
+            index = np.flatnonzero(shown & (examples.category == category) & (examples.instance == toy))[0]
+            figures.picture(panel, examples.images[index, :, :, 0], CATEGORIES[category] if row == 0 else None)
+        line[0].text(-0.1, 0.5, f"toys {toy}", transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    panels = right.subplots(1, 2, sharey=True)
+    for panel, (metric, label) in zip(
+        panels,
+        (("category_accuracy", "category errors in %"), ("elevation_mae_degrees", "elevation MAE in degrees")),
+        strict=True,
+    ):
+        for name, color in zip(EXPERIMENTS[EVERY_TOY], figures.COLORS, strict=False):
+            values = {int(row["held_out_toy"]): float(row[metric]) for row in rows if row["name"] == name}
+            errors = [100 * (1 - value) if metric == "category_accuracy" else value for value in values.values()]
+            heights = [TRAINING_TOYS.index(toy) for toy in values]
+            panel.plot(errors, heights, "o", color=color, label=name.split(", ")[-1])
+        panel.set(xlabel=label, xlim=(0, 1.1 * panel.get_xlim()[1]))
+        panel.grid(True, axis="both")
+    panels[0].set_yticks(range(len(TRAINING_TOYS)), [f"toys {toy}" for toy in TRAINING_TOYS])
+    panels[0].invert_yaxis()
+    panels[0].set_title("Errors on each row of toys when it is held out")
+    panels[1].legend(loc="center left")
+    return figures.save(figure, folder / "every_toy.png")
 
 
 def draw_shortcut(pictures, results, folder):
@@ -1043,6 +1135,8 @@ def report(arguments, dataset):
         ]
         if rows:
             written.append(draw_experiments(rows, drawings))
+        if any(row["factor"] == EVERY_TOY for row in rows):
+            written.append(draw_every_toy(rows, dataset.train, drawings))
     print("\nwrote", *written, sep="\n  ")
 
 

@@ -229,8 +229,30 @@ def test_experiments_change_one_factor_each():
     for factor, recipes in task.EXPERIMENTS.items():
         for name, recipe in recipes.items():
             changed = {key for key, value in dataclasses.asdict(recipe).items() if value != baseline[key]}
-            if factor not in ("baseline", "full length"):
+            if factor not in ("baseline", "full length", task.EVERY_TOY):
                 assert changed == {"optimizer", "learning_rate"} or len(changed) == 1, name
+
+
+def test_two_architectures_meet_on_every_toy():
+    folds = {}
+    for factor, name, _, toy in task.planned_runs():
+        folds.setdefault((factor, name), []).append(toy)
+    for (factor, _), toys in folds.items():
+        assert toys == list(task.TRAINING_TOYS if factor == task.EVERY_TOY else task.EXPERIMENT_TOYS)
+    assert sum(factor == task.EVERY_TOY for factor, _ in folds) == 2
+
+
+def test_figure_of_every_toy(tmp_path):
+    labels = np.array([(category, toy) for category in range(5) for toy in task.TRAINING_TOYS])
+    images = np.random.default_rng(0).integers(0, 256, (25, 96, 96, 2), dtype=np.uint8)
+    same = np.full(25, 2)
+    examples = StereoImages(images, labels[:, 0], labels[:, 1], elevation=same, azimuth=0 * same, lighting=same)
+    rows = [
+        {"name": name, "held_out_toy": str(toy), "category_accuracy": "0.9", "elevation_mae_degrees": "3.0"}
+        for name in task.EXPERIMENTS[task.EVERY_TOY]
+        for toy in task.TRAINING_TOYS
+    ]
+    assert task.draw_every_toy(rows, examples, tmp_path).stat().st_size > 10_000
 
 
 # -------------------------------------------------------------------------------------------------------- command line
