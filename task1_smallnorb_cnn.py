@@ -628,14 +628,16 @@ FULL_LENGTH = change(augmentations=("shift", "scale", "rotation", "flip", "backg
 
 # What the experiments led to. Sixteen epochs on five toys are as many steps as twenty on the four of a fold.
 FINAL = dataclasses.replace(FULL_LENGTH, width=48, elevation_loss="expectation", elevation_weight=0.5, epochs=16)
-FINAL_ON_FOLDS = "20 epochs, 48 filters, plain"
+FINAL_ON_FOLDS = f"20 epochs, 48 filters, {FINAL.architecture}"
 EVERY_TOY = "every toy"  # the factor whose recipes are trained on all five folds
 SHOWN_CURVES = "20 epochs"  # whose curves on held-out toys the figure shows
 EXPERIMENTS["full length"] = {
     "20 epochs": FULL_LENGTH,
     "20 epochs, expectation of 9 classes": dataclasses.replace(FULL_LENGTH, elevation_loss="expectation"),
-    "20 epochs, 48 filters, plain": dataclasses.replace(FINAL, architecture="plain", epochs=20),
-    "20 epochs, 48 filters, convnext": dataclasses.replace(FINAL, architecture="convnext", epochs=20),
+    **{
+        f"20 epochs, 48 filters, {architecture}": dataclasses.replace(FINAL, architecture=architecture, epochs=20)
+        for architecture in ("plain", "convnext")
+    },
 }
 # Which toys are held out matters more than any setting, so two architectures meet on all of them.
 EXPERIMENTS[EVERY_TOY] = {
@@ -854,21 +856,24 @@ def draw_mistakes(pictures, predictions, folder):
     return figures.save(figure, folder / "mistakes.png")
 
 
+# What the figures of the experiments show: the label of an axis, and how to read it from a row of the table.
+ERRORS = (
+    ("category errors in %", lambda row: 100 - 100 * float(row["category_accuracy"] or "nan")),
+    ("elevation MAE in degrees", lambda row: float(row["elevation_mae_degrees"] or "nan")),
+    (
+        "elevation MAE in degrees,\nbackground repainted",
+        lambda row: float(row["elevation_mae_degrees_background_repainted"] or "nan"),
+    ),
+)
+
+
 def draw_experiments(rows, folder):
     """Every experiment with one point per held-out toy, the baseline as a line."""
     rows = [row for row in rows if row["factor"] in EXPERIMENTS and row["factor"] != EVERY_TOY]
     done = {(row["factor"], row["name"]) for row in rows}
     names = [name for name in dict.fromkeys(run[:2] for run in planned_runs()) if name in done]
     figure, axes = plt.subplots(1, 3, figsize=(11, 0.24 * len(names) + 1.4), sharey=True)
-    panels = (
-        ("category errors in %", lambda row: 100 - 100 * float(row["category_accuracy"] or "nan")),
-        ("elevation MAE in degrees", lambda row: float(row["elevation_mae_degrees"] or "nan")),
-        (
-            "elevation MAE in degrees,\nbackground repainted",
-            lambda row: float(row["elevation_mae_degrees_background_repainted"] or "nan"),
-        ),
-    )
-    for panel, (label, read) in zip(axes, panels, strict=True):
+    for panel, (label, read) in zip(axes, ERRORS, strict=True):
         for number, toy in enumerate(EXPERIMENT_TOYS):
             points = [
                 (read(row), names.index((row["factor"], row["name"])))
@@ -895,8 +900,8 @@ def draw_every_toy(rows, examples, folder):
         examples: `common.datasets.StereoImages`, the official training set.
         folder: `pathlib.Path` of the figure.
     """
-    figure = plt.figure(figsize=(11, 5))
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
+    figure = plt.figure(figsize=(12, 5))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
     shown = (examples.elevation == 2) & (examples.lighting == 2)
     lines = left.subplots(len(TRAINING_TOYS), len(CATEGORIES))
     for row, (line, toy) in enumerate(zip(lines, TRAINING_TOYS, strict=True)):
@@ -904,17 +909,12 @@ def draw_every_toy(rows, examples, folder):
             index = np.flatnonzero(shown & (examples.category == category) & (examples.instance == toy))[0]
             figures.picture(panel, examples.images[index, :, :, 0], CATEGORIES[category] if row == 0 else None)
         line[0].text(-0.1, 0.5, f"toys {toy}", transform=line[0].transAxes, ha="right", va="center", fontsize=9)
-    panels = right.subplots(1, 2, sharey=True)
-    for panel, (metric, label) in zip(
-        panels,
-        (("category_accuracy", "category errors in %"), ("elevation_mae_degrees", "elevation MAE in degrees")),
-        strict=True,
-    ):
+    panels = right.subplots(1, len(ERRORS), sharey=True)
+    for panel, (label, read) in zip(panels, ERRORS, strict=True):
         for name, color in zip(EXPERIMENTS[EVERY_TOY], figures.COLORS, strict=False):
-            values = {int(row["held_out_toy"]): float(row[metric]) for row in rows if row["name"] == name}
-            errors = [100 * (1 - value) if metric == "category_accuracy" else value for value in values.values()]
-            heights = [TRAINING_TOYS.index(toy) for toy in values]
-            panel.plot(errors, heights, "o", color=color, label=name.split(", ")[-1])
+            of_name = [row for row in rows if row["name"] == name]
+            heights = [TRAINING_TOYS.index(int(row["held_out_toy"])) for row in of_name]
+            panel.plot([read(row) for row in of_name], heights, "o", color=color, label=name.split(", ")[-1])
         panel.set(xlabel=label, xlim=(0, 1.1 * panel.get_xlim()[1]))
         panel.grid(True, axis="both")
     panels[0].set_yticks(range(len(TRAINING_TOYS)), [f"toys {toy}" for toy in TRAINING_TOYS])
