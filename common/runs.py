@@ -174,6 +174,17 @@ def building_for_speed():
         keras.config.set_dtype_policy("float32")
 
 
+@contextlib.contextmanager
+def building_in_float32():
+    """While it is entered, layers are made to compute in float32, also inside of `building_for_speed`."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(policy)
+
+
 def compile_options(steps):
     """Returns keyword arguments of `keras.Model.compile` that make a training of `steps` steps (int) fastest."""
     return {
