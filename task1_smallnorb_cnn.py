@@ -1,11 +1,11 @@
 """smallNORB: what is the toy, and from how high does the camera see it?
 
-One convolutional network looks at both camera views of a toy and answers two questions at once: its category (five
-classes) and the elevation of the camera (regression, in degrees). Two networks with one question each are trained for
-comparison. The dataset is LeCun, Huang & Bottou, "Learning methods for generic object recognition with invariance to
-pose and lighting" (CVPR 2004).
+One network of two columns, a plain CNN and a ConvNeXt, looks at both camera views of a toy and answers two questions at
+once: its category (five classes) and the elevation of the camera (regression, in degrees). For comparison, the plain
+column is trained alone with more filters, and two networks have one question each. The dataset is LeCun, Huang &
+Bottou, "Learning methods for generic object recognition with invariance to pose and lighting" (CVPR 2004).
 
-    python task1_smallnorb_cnn.py --train          three joint networks, then one per question
+    python task1_smallnorb_cnn.py --train          three joint networks, three plain ones, one per question
     python task1_smallnorb_cnn.py --load           restores the saved ones: same metrics, same figures, in a minute
     python task1_smallnorb_cnn.py --experiments    the comparison behind the choices, on held-out toys
 
@@ -38,11 +38,11 @@ from common.files import write_json
 from common.metrics import standard_deviation
 
 SCRIPT = "task1_smallnorb_cnn"
-MODELS = ["joint", "category", "elevation"]
+MODELS = ["joint", "plain", "category", "elevation"]
 TRAINING_TOYS = (4, 6, 7, 8, 9)
 COMMON_BACKGROUND = 200  # grey level near the mean over the training pictures
 MATTE_WIDTH = 12  # grey levels: how far from the background level a pixel still counts as background
-NUM_SEEDS = 3
+NUM_SEEDS = {"joint": 3, "plain": 3, "category": 1, "elevation": 1}
 PREDICT_BATCH_SIZE = 256
 QUICK_PICTURES = 320
 KNOWN_RESULTS = """\
@@ -58,6 +58,7 @@ MAX_LOG_CONTRAST = 0.4
 MAX_BRIGHTNESS = 40.0  # grey levels
 BACKGROUND_LEVELS = (90.0, 255.0)
 CUTOUT_SIDE = 0.25  # of the picture's side
+POOR_ACCURACY = 0.9  # below which a figure marks a test toy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -684,9 +685,9 @@ EXPERIMENTS[EVERY_TOY] = {
     )
     for width, architecture in ((48, "plain"), (48, "convnext"), (40, "plain+convnext"))
 }
-FINAL_ON_FOLDS = f"6 epochs, {FINAL.width} filters, {FINAL.architecture}"
 RECIPES = {
     "joint": FINAL,
+    "plain": dataclasses.replace(FINAL, architecture="plain", width=48),
     "category": dataclasses.replace(FINAL, outputs=("category",)),
     "elevation": dataclasses.replace(FINAL, outputs=("elevation",)),
 }
@@ -872,6 +873,40 @@ def draw_predictions(pictures, predictions, folder):
     return figures.save(figure, folder / "predictions.png")
 
 
+def accuracy_per_toy(pictures, predictions):
+    """Returns the share of each toy's pictures whose category is right: dict of category to dict of toy to float."""
+    right = predictions["category"].argmax(1) == pictures.category
+    return {
+        name: {
+            str(toy): float(right[(pictures.category == category) & (pictures.instance == toy)].mean())
+            for toy in np.unique(pictures.instance[pictures.category == category])
+        }
+        for category, name in enumerate(CATEGORIES)
+    }
+
+
+def draw_test_toys(pictures, accuracy, folder):
+    """Every test toy, seen from the left camera, with the share of its pictures whose category is right.
+
+    Args:
+        pictures: `Pictures` of the test set.
+        accuracy: dict, see `accuracy_per_toy`.
+        folder: `pathlib.Path` of the figure.
+    """
+    toys_per_category = max(len(toys) for toys in accuracy.values())
+    figure, axes = plt.subplots(len(CATEGORIES), toys_per_category, figsize=(7, 8), squeeze=False)
+    for category, (name, line) in enumerate(zip(CATEGORIES, axes, strict=True)):
+        for panel in line:
+            panel.set_axis_off()
+        for panel, (toy, share) in zip(line, accuracy[name].items(), strict=False):
+            index = np.flatnonzero((pictures.category == category) & (pictures.instance == int(toy)))[0]
+            color = figures.RED if share < POOR_ACCURACY else figures.BLACK
+            figures.picture(panel, pictures.images[index, :, :, 0], f"{name} {toy}: {share:.1%}", color)
+    title = f"Test toys, and the share of their pictures whose category is right (red: below {POOR_ACCURACY:.0%})"
+    figure.suptitle(title, x=0.01, ha="left")
+    return figures.save(figure, folder / "test_toys.png")
+
+
 def draw_mistakes(pictures, predictions, folder):
     """The 16 test pictures whose wrong category the network is surest of, at most two of the same toy."""
     guess = predictions["category"].argmax(1)
@@ -1049,7 +1084,7 @@ def train(arguments, dataset):
     trained = []
     for model in [arguments.model] if arguments.model else MODELS:
         recipe = cli.with_flags(RECIPES[model], arguments)
-        for seed in range(arguments.seed, arguments.seed + (NUM_SEEDS if model == "joint" else 1)):
+        for seed in range(arguments.seed, arguments.seed + NUM_SEEDS[model]):
             print(f"{model}, seed {seed}")
             folder = arguments.output_dir / "runs" / SCRIPT / f"{model}_seed_{seed}"
             trained.append(
@@ -1058,9 +1093,7 @@ def train(arguments, dataset):
 
     test = prepare(dataset.test, FINAL.image_size, arguments.quick)
     versions = background_versions(test.images)
-    validation = experiment_means(runs.read_rows(runs.experiments_table(arguments.output_dir, SCRIPT))).get(
-        FINAL_ON_FOLDS
-    )
+    on_folds = experiment_means(runs.read_rows(runs.experiments_table(arguments.output_dir, SCRIPT)))
     cards = {}
     for model, seed, recipe, network, curves, seconds in trained:
         metrics, _ = evaluate(network, test, versions)
@@ -1081,7 +1114,9 @@ def train(arguments, dataset):
             ),
             "metrics": {
                 "train": evaluate(network, pictures)[0],
-                "validation": validation if model == "joint" else None,
+                "validation": on_folds.get(f"6 epochs, {recipe.width} filters, {recipe.architecture}")
+                if len(recipe.outputs) == 2
+                else None,
                 "test": metrics,
             },
             "seeds": [{"seed": seed, **metrics}],
@@ -1101,8 +1136,9 @@ def summarise(cards, measured, references, rows):
         rows: list of dict of str, the experiment table.
 
     Returns:
-        dict: `test` (metrics of the saved joint network), `seeds` (number, mean and standard deviation of the metrics
-        over the seeds), `models` (per model), `references`, and `experiments` (mean over the held-out toys).
+        dict: `test` (metrics of the saved joint network), `seeds` (number, mean and standard deviation of its metrics
+        over the seeds), `models` (the same and more per model), `references`, and `experiments` (mean over the held-out
+        toys).
     """
     results = {
         "script": f"{SCRIPT}.py",
@@ -1114,6 +1150,11 @@ def summarise(cards, measured, references, rows):
         results["models"][model] = {
             "train": card["metrics"]["train"],
             "test": measured[model],
+            "seeds": {
+                "number": len(card["seeds"]),
+                "mean": {name: float(np.mean([run[name] for run in card["seeds"]])) for name in measured[model]},
+                "std": {name: standard_deviation([run[name] for run in card["seeds"]]) for name in measured[model]},
+            },
             "parameters": card["parameters"]["total"],
             "epochs": card["epochs"],
             "minutes": round(card["seconds"] / 60, 1),
@@ -1121,13 +1162,8 @@ def summarise(cards, measured, references, rows):
             "shortened": card["shortened"],
         }
     if "joint" in cards:
-        seeds = cards["joint"]["seeds"]
         results["test"] = measured["joint"]
-        results["seeds"] = {
-            "number": len(seeds),
-            "mean": {name: float(np.mean([run[name] for run in seeds])) for name in measured["joint"]},
-            "std": {name: standard_deviation([run[name] for run in seeds]) for name in measured["joint"]},
-        }
+        results["seeds"] = results["models"]["joint"]["seeds"]
     return results
 
 
@@ -1155,6 +1191,8 @@ def report(arguments, dataset):
     print(f"\n{KNOWN_RESULTS}")
     runs.print_metrics(references)
     results = summarise(cards, measured, references, rows)
+    if "joint" in cards:
+        results["test_toys"] = accuracy_per_toy(test, predictions["joint"])
     if arguments.model and results_file.exists():  # the other models keep their results
         previous = json.loads(results_file.read_text())
         results = {**previous, **results, "models": {**previous["models"], **results["models"]}}
@@ -1171,6 +1209,7 @@ def report(arguments, dataset):
             draw_confusion(test, predictions["joint"], drawings),
             draw_elevation(test, predictions["joint"], drawings),
             draw_predictions(test, predictions["joint"], drawings),
+            draw_test_toys(test, results["test_toys"], drawings),
             draw_mistakes(test, predictions["joint"], drawings),
             draw_shortcut(test, results, drawings),
         ]

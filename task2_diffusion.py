@@ -38,7 +38,7 @@ from common.files import replacing, write_json
 
 SCRIPT = "task2_diffusion"
 MODELS = ["network", "judge"]
-FEATURE_SCRIPT, FEATURE_MODEL, FEATURE_LAYER = "task1_smallnorb_cnn", "joint", "features"  # the space of the distances
+FEATURE_SCRIPT, FEATURE_MODEL, FEATURE_LAYER = "task1_smallnorb_cnn", "plain", "features"  # the space of the distances
 IMAGE_SIZE = 48
 PATCH = 2  # pixels: the network works on patches of 2 x 2, a quarter of the cost
 ANY_CATEGORY, ANY_ELEVATION = len(CATEGORIES), len(DEGREES)  # labels that withhold the answer
@@ -588,7 +588,7 @@ def load_feature_network(output_dir):
     """Restores what turns pictures into the features that distances are measured in.
 
     Returns:
-        `keras.Model` from (n, 48, 48, 2) to the 192 averaged features before the heads of task 1's network. That
+        `keras.Model` from (n, 48, 48, 2) to the 192 averaged features before the heads of task 1's plain network. That
         network wants both views; it is given the same picture twice, for samples and real pictures alike. The numbers
         are comparable within this project alone.
     """

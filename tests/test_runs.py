@@ -299,3 +299,12 @@ def test_damaged_table_is_a_user_error(tmp_path):
     table.write_text("name,seed\na,0\nb")
     with pytest.raises(UserError, match="different lengths"):
         runs.read_rows(table)
+
+
+def test_some_layers_are_built_in_float32_inside_of_a_faster_network(monkeypatch):
+    monkeypatch.setattr(runs, "fast_precision", lambda: "mixed_bfloat16")
+    with runs.building_for_speed():
+        with runs.building_in_float32():
+            assert keras.layers.Dense(1).compute_dtype == "float32"
+        assert keras.layers.Dense(1).compute_dtype == "bfloat16"
+    assert keras.layers.Dense(1).compute_dtype == "float32"

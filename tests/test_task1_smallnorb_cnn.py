@@ -143,7 +143,7 @@ def test_cutout_hides_a_square():
 # ------------------------------------------------------------------------------------------------------------ networks
 
 
-@pytest.mark.parametrize("architecture", task.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*task.ARCHITECTURES, "plain+convnext"])
 @pytest.mark.parametrize("image_size", [48, 64, 96])
 def test_networks_are_small_and_return_probabilities_and_degrees(architecture, image_size):
     network = task.build_network(task.Recipe(architecture=architecture, image_size=image_size))
@@ -168,6 +168,28 @@ def test_elevation_can_be_the_expectation_of_nine_classes():
     assert np.array_equal(network.get_layer("elevation").get_weights()[0], before)
 
 
+def test_columns_answer_each_for_itself_and_the_network_with_their_mean():
+    recipe = task.Recipe(architecture="plain+convnext", width=8, elevation_loss="expectation", augmentations=())
+    network = task.build_network(recipe)
+    questions = [
+        f"{column}_{name}" for column in ("plain", "convnext") for name in task.QUESTIONS if name != "elevation"
+    ]
+    columns = keras.Model(network.input, {name: network.get_layer(name).output for name in questions})
+    images = random_pairs(3).astype("float32")
+    answers = {name: keras.ops.convert_to_numpy(values) for name, values in columns(images).items()}
+    predictions = task.predict(network, images)
+    mean = (answers["plain_category"] + answers["convnext_category"]) / 2
+    assert np.allclose(predictions["category"], mean, atol=1e-6)
+    mean = (answers["plain_elevation_probabilities"] + answers["convnext_elevation_probabilities"]) / 2
+    assert np.allclose(predictions["elevation"], mean @ task.SMALLNORB_ELEVATION_DEGREES, atol=1e-3)
+
+    pictures = task.Pictures(random_pairs(8), np.arange(8) % 5, np.full(8, 35, "float32"), np.arange(8))
+    model = task.compile_for_training(network, recipe, 10, 0)
+    logs = model.fit(pictures.images, task.training_targets(pictures, model), verbose=0).history
+    learnt = [logs[f"{name}_loss"][0] * (recipe.elevation_weight if "elevation" in name else 1) for name in questions]
+    assert math.isclose(logs["loss"][0], sum(learnt), rel_tol=1e-4)
+
+
 def test_standardised_networks_do_not_see_brightness():
     network = task.build_network(task.Recipe())
     images = random_pairs(4).astype("float32")
@@ -185,6 +207,7 @@ def test_standardised_networks_do_not_see_brightness():
         {"outputs": ("elevation",)},
         {"elevation_loss": "mse"},
         {"elevation_loss": "huber"},
+        {"architecture": "plain+convnext"},
         {"optimizer": "adam"},
         {"optimizer": "nadam"},
         {"optimizer": "sgd"},
@@ -222,6 +245,18 @@ def test_evaluate_measures_the_replaced_backgrounds(monkeypatch):
     assert metrics["elevation_mae_degrees_background_replaced"] == task.COMMON_BACKGROUND - 50
 
 
+def test_accuracy_per_toy(tmp_path):
+    labels = np.repeat(np.arange(5), 4)
+    toys = np.tile([0, 0, 3, 3], 5)
+    guess = labels.copy()
+    guess[1] = 4  # one of the two pictures of the first toy
+    accuracy = task.accuracy_per_toy(task.Pictures(None, labels, None, toys), {"category": np.eye(5)[guess]})
+    assert accuracy["animal"] == {"0": 0.5, "3": 1.0}
+    assert accuracy["car"] == {"0": 1.0, "3": 1.0}
+    pictures = task.Pictures(random_pairs(20), labels, None, toys)
+    assert task.draw_test_toys(pictures, accuracy, tmp_path).stat().st_size > 10_000
+
+
 def test_experiments_change_one_factor_each():
     baseline = dataclasses.asdict(task.BASELINE)
     names = [name for recipes in task.EXPERIMENTS.values() for name in recipes]
@@ -233,13 +268,13 @@ def test_experiments_change_one_factor_each():
                 assert changed == {"optimizer", "learning_rate"} or len(changed) == 1, name
 
 
-def test_two_architectures_meet_on_every_toy():
+def test_architectures_meet_on_every_toy():
     folds = {}
     for factor, name, _, toy in task.planned_runs():
         folds.setdefault((factor, name), []).append(toy)
     for (factor, _), toys in folds.items():
         assert toys == list(task.TRAINING_TOYS if factor == task.EVERY_TOY else task.EXPERIMENT_TOYS)
-    assert sum(factor == task.EVERY_TOY for factor, _ in folds) == 2
+    assert sum(factor == task.EVERY_TOY for factor, _ in folds) == 3
 
 
 def test_figure_of_every_toy(tmp_path):
@@ -285,8 +320,8 @@ def test_load_reproduces_the_metrics_of_train(quick, fake_data_dir):
     assert json.loads(path.read_text()) == trained
     if backend == "jax":
         return
-    assert trained["seeds"]["number"] == task.NUM_SEEDS
-    for figure in ("samples", "learning_curves", "confusion_matrix", "elevation", "mistakes", "shortcut"):
+    assert trained["seeds"]["number"] == task.NUM_SEEDS["joint"]
+    for figure in ("samples", "learning_curves", "confusion_matrix", "elevation", "test_toys", "mistakes", "shortcut"):
         assert (output_dir / "report" / "figures" / task.SCRIPT / f"{figure}.png").stat().st_size > 10_000
 
 
