@@ -6,7 +6,8 @@ column is trained alone with more filters, and two networks have one question ea
 Bottou, "Learning methods for generic object recognition with invariance to pose and lighting" (CVPR 2004).
 
     python task1_smallnorb_cnn.py --train          three joint networks, three plain ones, one per question
-    python task1_smallnorb_cnn.py --load           restores the saved ones: same metrics, same figures, in a minute
+    python task1_smallnorb_cnn.py --load           restores the joint one: same metrics, same figures, in a minute
+    python task1_smallnorb_cnn.py --load --model category     restores and measures another one
     python task1_smallnorb_cnn.py --experiments    the comparison behind the choices, on held-out toys
 
 Two things make this dataset treacherous. Each training toy is photographed 972 times, so a random validation split
@@ -902,7 +903,7 @@ def draw_test_toys(pictures, accuracy, folder):
             index = np.flatnonzero((pictures.category == category) & (pictures.instance == int(toy)))[0]
             color = figures.RED if share < POOR_ACCURACY else figures.BLACK
             figures.picture(panel, pictures.images[index, :, :, 0], f"{name} {toy}: {share:.1%}", color)
-    title = f"Test toys, and the share of their pictures whose category is right (red: below {POOR_ACCURACY:.0%})"
+    title = f"Test toys, and the share of their pictures whose category is right (coloured: below {POOR_ACCURACY:.0%})"
     figure.suptitle(title, x=0.01, ha="left")
     return figures.save(figure, folder / "test_toys.png")
 
@@ -1168,10 +1169,15 @@ def summarise(cards, measured, references, rows):
 
 
 def report(arguments, dataset):
-    """Restores the saved models, measures them on the test pictures, writes results and figures."""
+    """Restores saved models, measures them on the test pictures, writes results and figures.
+
+    After a training these are all models; otherwise the wanted one, which is the joint one where none is named. What
+    the results file says of the others stays.
+    """
     folder = runs.saved_models_folder(arguments.output_dir, SCRIPT)
     print(f"models from {folder}")
-    names = [arguments.model] if arguments.model else MODELS
+    all_or_joint = MODELS if arguments.train else ["joint"]
+    names = [arguments.model] if arguments.model else all_or_joint
     restored = {model: runs.load_model(folder / f"{model}.keras") for model in names}
     test = prepare(dataset.test, FINAL.image_size, arguments.quick)
     versions = background_versions(test.images)
@@ -1193,7 +1199,7 @@ def report(arguments, dataset):
     results = summarise(cards, measured, references, rows)
     if "joint" in cards:
         results["test_toys"] = accuracy_per_toy(test, predictions["joint"])
-    if arguments.model and results_file.exists():  # the other models keep their results
+    if results_file.exists():
         previous = json.loads(results_file.read_text())
         results = {**previous, **results, "models": {**previous["models"], **results["models"]}}
     write_json(results_file, results)
