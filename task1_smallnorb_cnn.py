@@ -434,11 +434,11 @@ def build_network(recipe):
         with runs.building_in_float32() if column == "convnext" else contextlib.nullcontext():
             column_features = ARCHITECTURES[column](features, recipe.width)
         prefix = f"{column}_" if len(columns) > 1 else ""
-        for question, answer in build_heads(column_features, recipe, prefix).items():
-            answers.setdefault(question, []).append(answer)
+        for name, answer in build_heads(column_features, recipe, prefix).items():
+            answers.setdefault(name, []).append(answer)
     outputs = {
-        question: layers.Average(dtype="float32", name=question)(parts) if len(columns) > 1 else parts[0]
-        for question, parts in answers.items()
+        name: layers.Average(dtype="float32", name=name)(parts) if len(columns) > 1 else parts[0]
+        for name, parts in answers.items()
     }
     if "elevation_probabilities" in outputs:
         degrees = SMALLNORB_ELEVATION_DEGREES.astype("float32")
@@ -449,7 +449,6 @@ def build_network(recipe):
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-
 
 QUESTIONS = ("category", "elevation", "elevation_probabilities")  # how the names of the layers with losses end
 
@@ -1085,7 +1084,7 @@ def train(arguments, dataset):
     trained = []
     for model in [arguments.model] if arguments.model else MODELS:
         recipe = cli.with_flags(RECIPES[model], arguments)
-        for seed in range(arguments.seed, arguments.seed + NUM_SEEDS[model]):
+        for seed in range(arguments.seed, arguments.seed + (1 if arguments.quick else NUM_SEEDS[model])):
             print(f"{model}, seed {seed}")
             folder = arguments.output_dir / "runs" / SCRIPT / f"{model}_seed_{seed}"
             trained.append(

@@ -38,6 +38,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from common import cli, figures, runs
 from common.cli import UserError
+from common.datasets import connection_trouble
 from common.files import building, replacing, write_json
 from common.metrics import standard_deviation
 
@@ -152,6 +153,9 @@ def voc_folder(data_dir):
     socket.setdefaulttimeout(NETWORK_TIMEOUT_SECONDS)
     try:
         for source in ARCHIVE_SOURCES:
+            trouble = "" if archive.exists() else connection_trouble(source)
+            if trouble:
+                continue
             try:
                 archive.parent.mkdir(parents=True, exist_ok=True)
                 keras.utils.get_file(

@@ -319,7 +319,9 @@ def _build_cache(source, data_dir, cache):
     prepared = any((data_dir / source.name).glob("*/dataset_info.json"))
     by_hand = all((_by_hand(source, data_dir) / archive).is_file() for archive in source.archives)
     if not prepared and not by_hand:
-        _check_network(source, data_dir)
+        trouble = connection_trouble(source.download_url)  # TFDS alone would retry for minutes
+        if trouble:
+            raise _error(source, data_dir, f"not in {data_dir}, and {trouble}")
         print(f"{source.name}: not in {data_dir} yet, downloading it with TensorFlow Datasets")
     try:
         with building(cache) as folder:
@@ -377,17 +379,20 @@ def _write_arrays(source, data_dir, folder):
     )
 
 
-def _check_network(source, data_dir):
-    """Finds out within `NETWORK_TIMEOUT_SECONDS` whether the download can begin; TFDS alone retries for minutes.
+def connection_trouble(url):
+    """Finds out within `NETWORK_TIMEOUT_SECONDS` whether a download can begin.
 
-    Raises:
-        UserError: where the server of the dataset does not answer or refuses.
+    Args:
+        url: str.
+
+    Returns:
+        What is wrong (str), "" where the server answers and has the file.
     """
     answer = concurrent.futures.Future()
 
     def ask():
         try:
-            request = urllib.request.Request(source.download_url, method="HEAD")
+            request = urllib.request.Request(url, method="HEAD")
             with urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT_SECONDS):
                 answer.set_result("")
         except urllib.error.HTTPError as error:
@@ -398,11 +403,9 @@ def _check_network(source, data_dir):
     # A daemon thread, because looking up a host name ignores every timeout that Python can set.
     threading.Thread(target=ask, daemon=True).start()
     try:
-        trouble = answer.result(timeout=NETWORK_TIMEOUT_SECONDS)
+        return answer.result(timeout=NETWORK_TIMEOUT_SECONDS)
     except concurrent.futures.TimeoutError:
-        trouble = f"its server does not answer within {NETWORK_TIMEOUT_SECONDS} seconds"
-    if trouble:
-        raise _error(source, data_dir, f"not in {data_dir}, and {trouble}")
+        return f"its server does not answer within {NETWORK_TIMEOUT_SECONDS} seconds"
 
 
 def _error(source, data_dir, trouble):

@@ -114,8 +114,14 @@ def fit(model, inputs, targets, *, epochs, batch_size, folder, settings, resume,
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     checkpoint = Checkpoint(folder, {**settings, "epochs": epochs, "batch_size": batch_size})
-    # Its state must exist before it is restored; and TensorFlow traces a step twice that creates variables.
+    # The optimizer's state must exist before it is restored; and TensorFlow traces a step twice that creates variables.
     model.optimizer.build(model.trainable_variables)
+    if targets is not None:
+        first, answer = keras.tree.map_structure(lambda array: array[:1], (inputs, targets))
+        predicted = model(first)
+        model.compute_loss(first, answer, predicted)
+        model.compute_metrics(first, answer, predicted)
+        model.reset_metrics()
     checkpoint.restore(model)
     if checkpoint.epoch:
         print(f"resuming after epoch {checkpoint.epoch} of {epochs}")

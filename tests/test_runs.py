@@ -82,6 +82,18 @@ def test_resuming_a_finished_training_trains_no_more(tmp_path):
         assert np.array_equal(expected, restored)
 
 
+def test_a_training_step_is_traced_once(tmp_path, monkeypatch):
+    """Tracing takes longer than all that a --quick training does; a step that creates variables is traced twice."""
+    model = small_model()
+    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"], jit_compile=False)
+    calls = []
+    step = model.train_step
+    monkeypatch.setattr(model, "train_step", lambda data: calls.append(0) or step(data))
+    curves, _ = fit(model, tmp_path, 2)
+    assert len(calls) == 1
+    assert len(curves["mae"]) == 2
+
+
 def test_without_resume_an_old_checkpoint_is_forgotten(tmp_path):
     fit(small_model(), tmp_path, 2)
     curves, _ = fit(small_model(), tmp_path, 1)

@@ -23,6 +23,7 @@ SHARED_FLAGS = [
 
 
 def run(script, *flags, **environment):
+    """Runs a script in a process of its own; with KERAS_BACKEND=jax it starts in half of the time."""
     return subprocess.run(
         [sys.executable, REPOSITORY / script, *flags],
         capture_output=True,
@@ -42,7 +43,7 @@ def error_line(done):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_the_shared_flags_in_order(script):
-    help_text = run(script, "--help").stdout.split("options:")[1]
+    help_text = run(script, "--help", KERAS_BACKEND="jax").stdout.split("options:")[1]
     places = [help_text.index(f"  {flag} ") for flag in SHARED_FLAGS]
     assert places == sorted(places)
 
@@ -55,8 +56,9 @@ def test_unknown_flag_is_one_line(script):
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "tell_the_time.py"])  # renders its own
 def test_no_data_and_no_network_is_one_line(script, tmp_path):
     # A proxy that nobody runs makes every machine one without a network.
-    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    line = error_line(run(script, "--load", "--data-dir", tmp_path, "--output-dir", tmp_path, **proxies))
+    environment = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    environment["KERAS_BACKEND"] = "jax"
+    line = error_line(run(script, "--load", "--data-dir", tmp_path, "--output-dir", tmp_path, **environment))
     assert "by hand into" in line
     assert str(tmp_path) in line
 
