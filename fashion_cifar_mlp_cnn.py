@@ -468,6 +468,7 @@ def train_network(recipe, split, seed, *, folder, resume, validation=None):
         augmented = layers.RandomFlip("horizontal", seed=seed)(augmented)
     if "shift" in recipe.augmentation:
         translation = layers.RandomTranslation(MAX_SHIFT, MAX_SHIFT, "nearest", interpolation="nearest", seed=seed)
+        translation.supports_jit = True  # Keras denies it of this layer, and would run every step uncompiled under JAX
         augmented = translation(augmented)
     model = keras.Model(images, network(augmented))
     learning_rate = recipe.learning_rate

@@ -440,8 +440,9 @@ def train_judge(pictures, seed, *, epochs, batch_size, folder, resume, validatio
     with runs.building_for_speed() as precision:
         judge = build_judge()
     images = keras.Input((IMAGE_SIZE, IMAGE_SIZE))
-    moved = layers.RandomTranslation(0.05, 0.05, seed=seed)(images[..., None])[..., 0]
-    model = keras.Model(images, judge(moved))
+    translation = layers.RandomTranslation(0.05, 0.05, seed=seed)
+    translation.supports_jit = True  # Keras denies it of this layer, and would run every step uncompiled under JAX
+    model = keras.Model(images, judge(translation(images[..., None])[..., 0]))
     model.compile(
         keras.optimizers.AdamW(runs.cosine_schedule(3e-3, steps), weight_decay=1e-2),
         loss=dict.fromkeys(judge.output, "sparse_categorical_crossentropy"),

@@ -116,7 +116,7 @@ def fit(model, inputs, targets, *, epochs, batch_size, folder, settings, resume,
     checkpoint = Checkpoint(folder, {**settings, "epochs": epochs, "batch_size": batch_size})
     # The optimizer's state must exist before it is restored; and TensorFlow traces a step twice that creates variables.
     model.optimizer.build(model.trainable_variables)
-    if targets is not None:
+    if keras.backend.backend() == "tensorflow" and targets is not None:
         first, answer = keras.tree.map_structure(lambda array: array[:1], (inputs, targets))
         predicted = model(first)
         model.compute_loss(first, answer, predicted)
@@ -194,8 +194,8 @@ def building_in_float32():
 def compile_options(steps):
     """Returns keyword arguments of `keras.Model.compile` that make a training of `steps` steps (int) fastest."""
     return {
-        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow. Under JAX all of our layers can be
-        # compiled, but "auto" would run every step uncompiled where there is one layer like RandomTranslation.
+        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow. Keras warns, and runs every step
+        # uncompiled, where a layer says that it does not support it.
         "jit_compile": keras.backend.backend() == "jax",
         # A loop takes longer to compile than a single step, which a short training never earns back.
         "steps_per_execution": STEPS_PER_EXECUTION if steps >= STEPS_PER_EXECUTION else 1,
