@@ -114,7 +114,8 @@ def fit(model, inputs, targets, *, epochs, batch_size, folder, settings, resume,
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     checkpoint = Checkpoint(folder, {**settings, "epochs": epochs, "batch_size": batch_size})
-    # The optimizer's state must exist before it is restored; and TensorFlow traces a step twice that creates variables.
+    # The optimizer's state must exist before it is restored; and TensorFlow traces a step twice that creates variables,
+    # so those of the losses and metrics are created by one example.
     model.optimizer.build(model.trainable_variables)
     if keras.backend.backend() == "tensorflow" and targets is not None:
         first, answer = keras.tree.map_structure(lambda array: array[:1], (inputs, targets))
@@ -194,8 +195,8 @@ def building_in_float32():
 def compile_options(steps):
     """Returns keyword arguments of `keras.Model.compile` that make a training of `steps` steps (int) fastest."""
     return {
-        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow. Keras warns, and runs every step
-        # uncompiled, where a layer says that it does not support it.
+        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow. Under JAX every step is compiled,
+        # unless the `supports_jit` of a layer says no; Keras then only warns.
         "jit_compile": keras.backend.backend() == "jax",
         # A loop takes longer to compile than a single step, which a short training never earns back.
         "steps_per_execution": STEPS_PER_EXECUTION if steps >= STEPS_PER_EXECUTION else 1,

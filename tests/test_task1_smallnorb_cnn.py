@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, run_elsewhere, run_script
 
 import task1_smallnorb_cnn as task
-from common import runs
+from common import cli, runs
 from common.datasets import StereoImages
 
 GENERATOR = np.random.default_rng(0)
@@ -200,7 +201,7 @@ def test_standardised_networks_do_not_see_brightness():
 @pytest.mark.parametrize(
     "change",
     [
-        {"outputs": ("category",)},
+        {"outputs": ("category",), "architecture": "plain+convnext"},
         {"outputs": ("elevation",)},
         {"views": 1, "elevation_loss": "mse", "optimizer": "adam"},
         {"local_contrast": (5,), "elevation_loss": "huber", "optimizer": "nadam", "schedule": "plateau"},
@@ -247,6 +248,23 @@ def test_results_put_the_seeds_together():
     assert math.isclose(results["seeds"]["mean"]["category_accuracy"], 0.9)
     assert math.isclose(results["seeds"]["std"]["category_accuracy"], 0.1)
     assert results["models"]["joint"]["minutes"] == 1.5
+
+
+def test_train_saves_the_first_seed_and_measures_all(tmp_path, monkeypatch):
+    monkeypatch.setitem(task.RECIPES, "plain", task.Recipe(width=8))
+    number = np.arange(64)
+    images = np.random.default_rng(0).integers(0, 256, (64, 96, 96, 2), dtype=np.uint8)
+    examples = StereoImages(images, number % 5, 0 * number, number % 9, azimuth=0 * number, lighting=0 * number)
+    dataset = SimpleNamespace(name="smallnorb", train=examples, test=examples, checksums={})
+    flags = ["--train", "--model", "plain", "--epochs", "1", "--output-dir", str(tmp_path)]
+    task.train(cli.parse(cli.parser("", task.MODELS), flags), dataset)
+    network, card = runs.load_model(tmp_path / "saved_models" / task.SCRIPT / "plain.keras")
+    assert [run["seed"] for run in card["seeds"]] == [0, 1, 2] == list(range(task.NUM_SEEDS["plain"]))
+    assert card["seeds"][0] == {"seed": 0, **card["metrics"]["test"]}
+    errors = [run["elevation_mae_degrees"] for run in card["seeds"]]
+    assert len(set(errors)) == 3
+    metrics, _ = task.evaluate(network, task.prepare(examples, 48, quick=False))
+    assert math.isclose(metrics["elevation_mae_degrees"], errors[0], rel_tol=1e-6)
 
 
 def test_accuracy_per_toy(tmp_path):
