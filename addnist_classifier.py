@@ -92,6 +92,8 @@ class Recipe:
         learning_rate: highest learning rate.
         weight_decay: decoupled.
         shift: whether digits are shifted at random.
+        rotation: largest angle in degrees by which each digit is rotated at random; 0 for none.
+        scale: largest relative change of the size of each digit; 0 for none.
         permute: whether the channels of each picture are put in a random order, which leaves their sum.
         average: momentum of the moving average of the weights that is evaluated and saved.
     """
@@ -104,14 +106,17 @@ class Recipe:
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
     shift: bool = True
+    rotation: float = 0.0
+    scale: float = 0.0
     permute: bool = False
     average: float = 0.995
 
 
-RECIPES = {
+BASELINES = {
     "shared": Recipe(),
     "ordinary": Recipe("ordinary", (12, 24, 36, 48), hidden=96, steps=10_000, learning_rate=1e-2),
 }
+RECIPES = BASELINES
 
 
 class UserError(Exception):
@@ -524,6 +529,33 @@ def shifted(images, key):
     return cut(padded, corners).reshape(images.shape)
 
 
+def warped(images, key, rotation, scale):
+    """Rotates and scales each digit about the centre of its channel, with bilinear interpolation.
+
+    Args:
+        images: uint8 (n, 3, 28, 28).
+        key: JAX random key.
+        rotation: largest angle in degrees.
+        scale: largest relative change of size along each axis.
+
+    Returns:
+        uint8 (n, 3, 28, 28); what comes from outside of the image is black.
+    """
+    count = images.shape[0] * CHANNELS
+    angle_key, scale_key = jax.random.split(key)
+    angles = jax.random.uniform(angle_key, (count,), minval=-1, maxval=1) * math.radians(rotation)
+    scales = 1 + jax.random.uniform(scale_key, (count, 2), minval=-1, maxval=1) * scale
+    cos, sin = jnp.cos(angles)[:, None, None], jnp.sin(angles)[:, None, None]
+    offsets = jnp.arange(SIDE) - (SIDE - 1) / 2
+    down, right = offsets[:, None], offsets[None, :]
+    center = (SIDE - 1) / 2
+    rows = (cos * down - sin * right) * scales[:, 0, None, None] + center
+    columns = (sin * down + cos * right) * scales[:, 1, None, None] + center
+    sample = jax.vmap(lambda image, y, x: jax.scipy.ndimage.map_coordinates(image, [y, x], order=1))
+    flat = images.reshape(count, SIDE, SIDE).astype("float32")
+    return jnp.rint(sample(flat, rows, columns)).astype("uint8").reshape(images.shape)
+
+
 def permuted(images, key):
     """Puts the channels of each picture in a random order of its own."""
     order = jnp.argsort(jax.random.uniform(key, images.shape[:2]), axis=1)
@@ -559,6 +591,8 @@ def make_training(recipe):
             key, batch_key, shift_key, permute_key = jax.random.split(state.key, 4)
             batch = jax.random.randint(batch_key, (recipe.batch_size,), 0, len(labels))
             pictures = shifted(images[batch], shift_key) if recipe.shift else images[batch]
+            if recipe.rotation or recipe.scale:
+                pictures = warped(pictures, jax.random.fold_in(shift_key, 1), recipe.rotation, recipe.scale)
             if recipe.permute:
                 pictures = permuted(pictures, permute_key)
             value, gradient = jax.value_and_grad(loss)(state.parameters, pictures, labels[batch])
@@ -750,9 +784,14 @@ STEPS_TRIED = (1000, 2500, 5000, 10_000)
 
 def experiments():
     """Returns what is compared, one change at a time: dict from a name to `Recipe`."""
-    named = {f"{model}, as it is": recipe for model, recipe in RECIPES.items()}
-    for model, recipe in RECIPES.items():
-        changes = {"no shifts": {"shift": False}}
+    named = {f"{model}, as it is": recipe for model, recipe in BASELINES.items()}
+    for model, recipe in BASELINES.items():
+        changes = {
+            "rotation 10°, scale 10 %": {"rotation": 10.0, "scale": 0.1},
+            "rotation 15°, scale 15 %": {"rotation": 15.0, "scale": 0.15},
+            "batches of 128": {"batch_size": 128},
+            "no shifts": {"shift": False},
+        }
         if model == "ordinary":
             mixed = {"model": "mixed", "widths": (24, 48, 64, 80)}
             changes |= {"one reader of all channels": mixed, "channels in random order": {"permute": True}}
