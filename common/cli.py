@@ -1,52 +1,67 @@
-"""The flags every script has, seeding, and how a script ends when something is wrong that the user can mend."""
+"""The flags that every script has, and how a script ends when something is wrong that the user can fix."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
+import math
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
+from common.errors import UserError
+from common.files import check_writable, remove_leftovers
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-class UserError(Exception):
-    """A failure that the user can mend. Its text is one line: what happened; what to do."""
+MAX_EPOCHS, MAX_BATCH_SIZE, MAX_SEED = 100_000, 100_000, 2**32 - 1
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells use it
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like every other error of the scripts."""
+    """An argument parser whose errors are one line, like every other error of the scripts."""
 
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parser(description, models):
-    """Returns the argument parser with the flags that all scripts share, in the order all scripts share.
+    """Returns the argument parser with the flags that all scripts share, in the order that all scripts share.
 
-    Args:
-        description: str, what the script does; shown by `--help` as it is written.
-        models: list of str, the names `--model` accepts. A script with a single model gets no `--model` flag.
-
-    Returns:
-        `argparse.ArgumentParser`, to which a script may add flags of its own before it calls `parse`. Its attribute
-        `modes` is the group of which exactly one flag is given: a script may add to that, too.
+    `models` are the names that `--model` accepts; a script with a single model gets no `--model` flag. A script may add
+    flags of its own, also to the attribute `modes`, the group of which exactly one flag is given.
     """
     flags = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     mode = flags.modes = flags.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--train", action="store_true", help="build, fit, save, evaluate, write figures and results")
+    mode.add_argument("--train", action="store_true", help="build, fit, measure, save, write results and figures")
     mode.add_argument(
-        "--load", action="store_true", help="restore from saved_models/, evaluate, write the same figures"
+        "--load",
+        action="store_true",
+        help="restore from saved_models/, measure, compare with the recorded numbers, write figures",
     )
-    mode.add_argument("--experiments", action="store_true", help="the comparison behind the choices; can be resumed")
+    mode.add_argument("--experiments", action="store_true", help="the comparison behind the choices (resumable)")
     if len(models) > 1:
         flags.add_argument("--model", choices=models, help="one of the models (default: all)")
     flags.add_argument("--quick", action="store_true", help="a few batches into runs/quick/: proves that it works")
-    flags.add_argument("--epochs", type=positive, metavar="N", help="passes over the training set")
-    flags.add_argument("--batch-size", type=positive, metavar="N", help="examples per optimisation step")
-    flags.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
-    flags.add_argument("--resume", action="store_true", help="go on from the last checkpoint of a stopped --train")
+    flags.add_argument(
+        "--sample", action="store_true", help="use the images in data/samples/ instead of the full dataset"
+    )
+    flags.add_argument(
+        "--epochs", type=whole_number(1, MAX_EPOCHS), metavar="N", help="passes over the training images"
+    )
+    flags.add_argument(
+        "--batch-size", type=whole_number(1, MAX_BATCH_SIZE), metavar="N", help="examples per optimisation step"
+    )
+    flags.add_argument(
+        "--seed",
+        type=whole_number(0, MAX_SEED),
+        default=0,
+        metavar="N",
+        help="seed of everything random (default: 0)",
+    )
+    flags.add_argument("--resume", action="store_true", help="resume a stopped training run from its last checkpoint")
+    flags.add_argument("--record", action="store_true", help="with --load: write the measured numbers down (authors)")
     flags.add_argument(
         "--data-dir",
         type=Path,
@@ -58,65 +73,101 @@ def parser(description, models):
         "--output-dir",
         type=Path,
         metavar="DIR",
-        help="where everything is written, and read by --load (default: the repository; runs/quick with --quick)",
+        help="where everything is written, and models are looked for first (default: the repository; runs/quick with "
+        "--quick, runs/sample with --sample)",
     )
     return flags
 
 
 def parse(flags, argv=None):
-    """Parses the command line.
+    """Parses the command line and makes sure that the output directory can be written.
 
-    Args:
-        flags: what `parser` returned.
-        argv: list of str, or None for the command line of the process.
-
-    Returns:
-        `argparse.Namespace` with one attribute per flag, `output_dir` resolved, and `command`, the command line
-        as one would type it again (str).
-
-    Raises:
-        UserError: on an unknown flag or a value that makes no sense.
+    Returns an `argparse.Namespace` with one attribute per flag, `output_dir` filled in, and `command`, the command line
+    as one would type it again. Raises `UserError` on an unknown flag or a value that makes no sense.
     """
     arguments = flags.parse_args(argv)
     if arguments.output_dir is None:
-        arguments.output_dir = REPOSITORY / "runs" / "quick" if arguments.quick else REPOSITORY
+        folder = "runs/quick" if arguments.quick else "runs/sample" if arguments.sample else "."
+        arguments.output_dir = (REPOSITORY / folder).resolve()
     if arguments.resume and arguments.load:
-        raise UserError("--resume goes on with a training, --load never trains; leave one of them out")
-    if not 0 <= arguments.seed < 2**32:
-        raise UserError(f"--seed {arguments.seed} is out of range; choose one from 0 to {2**32 - 1}")
-    arguments.command = shlex.join(["python", flags.prog, *(sys.argv[1:] if argv is None else argv)])
+        raise UserError("--resume continues a training run, but --load never trains; leave one of them out")
+    if arguments.record and not arguments.load:
+        raise UserError("--record writes down what --load measures; add --load or leave it out")
+    if arguments.record and arguments.quick:
+        raise UserError("--quick measures a few images only, which --record must not write down; leave one of them out")
+    if arguments.data_dir.exists() and not arguments.data_dir.is_dir():
+        raise UserError(f"--data-dir {arguments.data_dir} is a file; name the folder that holds the datasets")
+    arguments.command = shlex.join(["python", flags.prog, *(sys.argv[1:] if argv is None else map(str, argv))])
+    check_writable(arguments.output_dir)
+    for folder in ("saved_models", "report", f"runs/{Path(flags.prog).stem}"):
+        remove_leftovers(arguments.output_dir / folder)
     return arguments
 
 
-def with_flags(recipe, arguments):
-    """Returns `recipe`, a dataclass with `epochs` and `batch_size`, with what the command line changes."""
+def with_flags(config, arguments):
+    """Returns `config`, a dataclass with `epochs` and `batch_size`, with what the command line changes."""
     return dataclasses.replace(
-        recipe,
-        epochs=arguments.epochs or (1 if arguments.quick else recipe.epochs),
-        batch_size=arguments.batch_size or recipe.batch_size,
+        config,
+        epochs=arguments.epochs or (1 if arguments.quick else config.epochs),
+        batch_size=arguments.batch_size or config.batch_size,
     )
 
 
-def positive(text):
-    """The type of a flag that takes a whole number from 1 on."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+def whole_number(low, high):
+    """Returns the type of a flag that takes a whole number from `low` to `high`."""
+
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            if low <= int(text) <= high:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+
+    return convert
+
+
+def real_number(low, high):
+    """Returns the type of a flag that takes a number from `low` to `high`."""
+
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high and math.isfinite(float(text)):
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+
+    return convert
 
 
 def run(main, argv=None):
-    """Runs `main(argv)` and ends the process: exit code 0, 2 for an error the user can mend, 130 for Ctrl-C.
+    """Runs `main(argv)` and ends the process with the exit code that it returns (None is 0).
 
-    A `UserError` becomes one line on standard error, without a traceback. Every other exception is a bug and
-    keeps its traceback.
+    A `UserError` becomes one line on standard error and exit code 2, Ctrl-C one line and 130. Every other exception is
+    a bug and keeps its traceback.
     """
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its warnings about tracing help nobody here
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its warnings about tracing help no user
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode must not end a training run
+    interrupted = []
+
+    def interrupt(number, frame):
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    if argv is None:  # the process is ours; within a test the handler is not
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        main(argv)
+        code = main(argv)
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted; what was saved stays, go on with --resume", file=sys.stderr)
-        sys.exit(130)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except BaseException as error:  # TensorFlow and JAX wrap the KeyboardInterrupt of a callback in errors of their own
+        if not interrupted and not isinstance(error, KeyboardInterrupt):
+            raise
+        print("error: interrupted; what was saved stays, continue with --resume", file=sys.stderr)
+        code = INTERRUPTED
+    if code:
+        sys.exit(code)
