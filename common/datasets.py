@@ -1,30 +1,37 @@
-"""One loader per dataset: from the official download to named NumPy arrays.
+"""One loader per dataset: from the official download, or from the tracked samples, to named NumPy arrays.
 
 `load_smallnorb(data_dir)` and its siblings return a `Dataset`. The first call lets TensorFlow Datasets download and
-prepare the data and copies every array to `data_dir/cache/<name>/` as `.npy`. Every later call memory-maps those files:
-that takes milliseconds and imports neither TensorFlow nor TensorFlow Datasets.
+prepare the data and copies every array to `data_dir/cache/<name>/` as `.npy`. Later calls compare those files with
+their recorded SHA-256 and memory-map them, which imports neither TensorFlow nor TensorFlow Datasets. With `sample=True`
+the images in `data/samples/` are returned instead, which needs no network.
 
-Nothing is trusted that may be half-written. The cache is built in a temporary folder that is renamed when it is
-complete, and the shapes, types and sizes of its files are checked on every start. A cache that fails the check is built
-again from the prepared dataset. Whatever cannot be mended here ends in a `UserError` that names the dataset, its
-official page and the folder that accepts the official files when they are fetched by hand.
+A cache is built in a temporary folder that is renamed when it is complete. A damaged cache is rebuilt from the prepared
+dataset. Every other failure is a `UserError` that names the dataset, its official page and the folder for official
+files that were downloaded by hand.
 """
 
 import concurrent.futures
 import dataclasses
+import hashlib
+import http.client
+import io
 import json
 import os
 import threading
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.cli import UserError
-from common.files import building, sha256, write_json
+from common.cli import REPOSITORY
+from common.errors import UserError
+from common.files import building, read_json, sha256
 
+SAMPLES = REPOSITORY / "data" / "samples"
+RESTORE_SAMPLES = "restore it from the repository: git checkout -- data/samples"
 NETWORK_TIMEOUT_SECONDS = 8
 BATCH_SIZE = 500
 SMALLNORB_ELEVATION_DEGREES = np.arange(30, 75, 5)
@@ -35,94 +42,56 @@ SMALLNORB_CATEGORIES = ("animal", "human", "airplane", "truck", "car")
 
 
 class LabelledImages(NamedTuple):
-    """Pictures with one label each.
+    """Images with one label each."""
 
-    Attributes:
-        images: uint8 (n, height, width, channels), 0 to 255.
-        labels: int64 (n,), index into `Dataset.class_names`.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # uint8 (n, height, width, channels), 0 to 255
+    labels: np.ndarray  # int64 (n,), index into `Dataset.class_names`
 
 
 class Cifar100Images(NamedTuple):
-    """CIFAR-100: each of the 100 classes belongs to one of 20 coarse classes.
+    """CIFAR-100: each of the 100 classes belongs to one of 20 coarse classes."""
 
-    Attributes:
-        images: uint8 (n, 32, 32, 3), 0 to 255.
-        labels: int64 (n,), 0 to 99, index into `Dataset.class_names`.
-        coarse_labels: int64 (n,), 0 to 19, in alphabetical order of the coarse classes.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    coarse_labels: np.ndarray
+    images: np.ndarray  # uint8 (n, 32, 32, 3), 0 to 255
+    labels: np.ndarray  # int64 (n,), 0 to 99, index into `Dataset.class_names`
+    coarse_labels: np.ndarray  # int64 (n,), 0 to 19, in alphabetical order of the coarse classes
 
 
 class StereoImages(NamedTuple):
-    """smallNORB: each toy is photographed by two cameras at once, from 9 elevations, 18 azimuths, in 6 lightings.
+    """smallNORB: each toy is photographed by two cameras at once, from 9 elevations, 18 azimuths, in 6 lightings."""
 
-    Attributes:
-        images: uint8 (n, 96, 96, 2), 0 to 255; channel 0 is the left camera, channel 1 the right one.
-        category: int64 (n,), 0 to 4, index into `Dataset.class_names`.
-        instance: int64 (n,), 0 to 9: which of the ten toys of the category. 4, 6, 7, 8, 9 are in the training set.
-        elevation: int64 (n,), 0 to 8; `SMALLNORB_ELEVATION_DEGREES[elevation]` is in degrees.
-        azimuth: int64 (n,), 0 to 17, times 20 degrees.
-        lighting: int64 (n,), 0 to 5.
-    """
-
-    images: np.ndarray
-    category: np.ndarray
-    instance: np.ndarray
-    elevation: np.ndarray
-    azimuth: np.ndarray
-    lighting: np.ndarray
+    images: np.ndarray  # uint8 (n, 96, 96, 2), 0 to 255; channel 0 is the left camera, channel 1 the right one
+    category: np.ndarray  # int64 (n,), 0 to 4, index into `Dataset.class_names`
+    instance: np.ndarray  # int64 (n,), 0 to 9, one of ten toys per category; 4, 6, 7, 8, 9 are in the training set
+    elevation: np.ndarray  # int64 (n,), 0 to 8, index into `SMALLNORB_ELEVATION_DEGREES`
+    azimuth: np.ndarray  # int64 (n,), 0 to 17, times 20 degrees
+    lighting: np.ndarray  # int64 (n,), 0 to 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset in memory-mapped, read-only arrays.
+    """A dataset in read-only arrays."""
 
-    Attributes:
-        name: str, as in the TensorFlow Datasets catalogue.
-        train: `LabelledImages`, `Cifar100Images` or `StereoImages`.
-        test: the same type as `train`.
-        class_names: tuple of str.
-        checksums: dict from array name, such as "train_images", to the SHA-256 of its `.npy` file.
-    """
-
-    name: str
-    train: NamedTuple
-    test: NamedTuple
+    name: str  # as in the TensorFlow Datasets catalogue
+    train: NamedTuple  # `LabelledImages`, `Cifar100Images` or `StereoImages`
+    test: NamedTuple  # the same type as `train`
     class_names: tuple
-    checksums: dict
+    checksums: dict  # from array name, such as "train_images", to the SHA-256 of the array as an `.npy` file
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a dataset comes from and what its arrays look like.
+    """Where a dataset comes from and what its arrays look like."""
 
-    Attributes:
-        name: str, in the TensorFlow Datasets catalogue.
-        page: str, the official page.
-        download_url: str, one of the files TensorFlow Datasets downloads: asked first whether it answers.
-        archives: tuple of str, the official files to fetch by hand where the download fails.
-        examples: the `NamedTuple` type of a split.
-        features: dict from field of `examples` to the feature in TensorFlow Datasets, or to a tuple of picture
-            features that become channels.
-        image_shape: tuple of int.
-        sizes: dict from split to number of examples.
-    """
-
-    name: str
-    page: str
-    download_url: str
-    archives: tuple
-    examples: type
-    features: dict
+    name: str  # in the TensorFlow Datasets catalogue
+    page: str  # the official page
+    download_url: str  # one of the files that TensorFlow Datasets downloads, to find out whether the server answers
+    archives: tuple  # the official files, for a download by hand
+    examples: type  # the `NamedTuple` type of a split
+    features: dict  # from field of `examples` to the feature in TensorFlow Datasets; image features become channels
+    classes: dict  # from label field to the number of its classes; the first field indexes `Dataset.class_names`
     image_shape: tuple
-    sizes: dict
+    sizes: dict  # from split to number of examples
+    sample_sizes: dict  # the same of data/samples/
 
 
 _IDX_ARCHIVES = tuple(
@@ -151,8 +120,10 @@ SOURCES = {
                 "azimuth": "label_azimuth",
                 "lighting": "label_lighting",
             },
+            classes={"category": 5, "instance": 10, "elevation": 9, "azimuth": 18, "lighting": 6},
             image_shape=(96, 96, 2),
             sizes={"train": 24300, "test": 24300},
+            sample_sizes={"train": 100, "test": 150},
         ),
         Source(
             name="mnist",
@@ -161,8 +132,10 @@ SOURCES = {
             archives=_IDX_ARCHIVES,
             examples=LabelledImages,
             features={"images": ("image",), "labels": "label"},
+            classes={"labels": 10},
             image_shape=(28, 28, 1),
             sizes={"train": 60000, "test": 10000},
+            sample_sizes={"train": 300, "test": 300},
         ),
         Source(
             name="fashion_mnist",
@@ -171,8 +144,10 @@ SOURCES = {
             archives=_IDX_ARCHIVES,
             examples=LabelledImages,
             features={"images": ("image",), "labels": "label"},
+            classes={"labels": 10},
             image_shape=(28, 28, 1),
             sizes={"train": 60000, "test": 10000},
+            sample_sizes={"train": 300, "test": 300},
         ),
         Source(
             name="cifar10",
@@ -181,8 +156,10 @@ SOURCES = {
             archives=("cifar-10-binary.tar.gz",),
             examples=LabelledImages,
             features={"images": ("image",), "labels": "label"},
+            classes={"labels": 10},
             image_shape=(32, 32, 3),
             sizes={"train": 50000, "test": 10000},
+            sample_sizes={"train": 250, "test": 250},
         ),
         Source(
             name="cifar100",
@@ -191,57 +168,48 @@ SOURCES = {
             archives=("cifar-100-binary.tar.gz",),
             examples=Cifar100Images,
             features={"images": ("image",), "labels": "label", "coarse_labels": "coarse_label"},
+            classes={"labels": 100, "coarse_labels": 20},
             image_shape=(32, 32, 3),
             sizes={"train": 50000, "test": 10000},
+            sample_sizes={"train": 300, "test": 300},
         ),
     )
 }
 
 
-def load_smallnorb(data_dir):
-    """smallNORB: 24,300 + 24,300 stereo pairs of 50 toys (LeCun, Huang & Bottou, CVPR 2004).
+def load_smallnorb(data_dir, sample=False):
+    """smallNORB: 24,300 + 24,300 stereo pairs of 50 toys in `StereoImages` (LeCun, Huang & Bottou, CVPR 2004).
 
-    Args:
-        data_dir: str or `pathlib.Path`, the folder that holds prepared datasets and the cache.
-
-    Returns:
-        `Dataset` of `StereoImages`; five class names.
-
-    Raises:
-        UserError: where the data is neither there nor to be had.
+    With `sample`, the tracked sample in data/samples/, wherever `data_dir` is. Raises `UserError` where the data is
+    neither present nor can be downloaded.
     """
-    return _load(SOURCES["smallnorb"], data_dir)
+    return _load("smallnorb", data_dir, sample)
 
 
-def load_mnist(data_dir):
-    """MNIST: 60,000 + 10,000 handwritten digits, images (n, 28, 28, 1). Otherwise like `load_smallnorb`."""
-    return _load(SOURCES["mnist"], data_dir)
+def load_mnist(data_dir, sample=False):
+    """MNIST: 60,000 + 10,000 handwritten digits in `LabelledImages`. Otherwise like `load_smallnorb`."""
+    return _load("mnist", data_dir, sample)
 
 
-def load_fashion_mnist(data_dir):
-    """Fashion-MNIST: 60,000 + 10,000 pieces of clothing, images (n, 28, 28, 1). Otherwise like `load_smallnorb`."""
-    return _load(SOURCES["fashion_mnist"], data_dir)
+def load_fashion_mnist(data_dir, sample=False):
+    """Fashion-MNIST: 60,000 + 10,000 articles of clothing in `LabelledImages`. Otherwise like `load_smallnorb`."""
+    return _load("fashion_mnist", data_dir, sample)
 
 
-def load_cifar10(data_dir):
-    """CIFAR-10: 50,000 + 10,000 colour pictures, images (n, 32, 32, 3). Otherwise like `load_smallnorb`."""
-    return _load(SOURCES["cifar10"], data_dir)
+def load_cifar10(data_dir, sample=False):
+    """CIFAR-10: 50,000 + 10,000 colour images in `LabelledImages`. Otherwise like `load_smallnorb`."""
+    return _load("cifar10", data_dir, sample)
 
 
-def load_cifar100(data_dir):
-    """CIFAR-100: 50,000 + 10,000 colour pictures in `Cifar100Images`. Otherwise like `load_smallnorb`."""
-    return _load(SOURCES["cifar100"], data_dir)
+def load_cifar100(data_dir, sample=False):
+    """CIFAR-100: 50,000 + 10,000 colour images in `Cifar100Images`. Otherwise like `load_smallnorb`."""
+    return _load("cifar100", data_dir, sample)
 
 
 def area_average(images, size):
-    """Shrinks square pictures: each new pixel is the mean of the area it covers, also where that cuts pixels.
+    """Downsamples square images: each new pixel is the mean of the area that it covers, cut pixels included.
 
-    Args:
-        images: uint8 (n, side, side, channels).
-        size: int, at most side.
-
-    Returns:
-        uint8 (n, size, size, channels), rounded.
+    `images` is uint8 (n, side, side, channels) and `size` at most side; returns uint8 (n, size, size, channels).
     """
     side = images.shape[1]
     if size == side:
@@ -260,15 +228,106 @@ def area_average(images, size):
     return small
 
 
-def _load(source, data_dir):
+# --------------------------------------------------------------------------------------------------- caches and samples
+
+
+def data_folder(data_dir):
+    """Returns `data_dir` as a `pathlib.Path`. Raises `UserError` where it is a file."""
     data_dir = Path(data_dir)
-    cache = data_dir / "cache" / source.name
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UserError(f"{data_dir} is a file; give the folder for datasets with --data-dir or DATA_DIR")
+    return data_dir
+
+
+def write_cache(cache, arrays, **about):
+    """Writes (name, array) pairs to the folder `cache` as `<name>.npy`, with `about` and checksums in `manifest.json`.
+
+    Raises OSError where the disk is full or the folder cannot be written.
+    """
+    with building(cache) as folder:
+        checksums = {}
+        for name, array in arrays:
+            path = folder / f"{name}.npy"
+            with open(path, "wb") as file:
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                # Neither a memory map, which dies of SIGBUS on a full disk, nor np.save, which loses the reason.
+                file.write(np.ascontiguousarray(array).view(np.uint8))
+            checksums[name] = sha256(path)
+        (folder / "manifest.json").write_text(json.dumps({**about, "sha256": checksums}, indent=2) + "\n")
+
+
+def read_cache(cache, names):
+    """Memory-maps the arrays `names` of a folder that `write_cache` wrote; returns them in a dict, and the manifest.
+
+    Raises FileNotFoundError where there is no cache, and ValueError where one of its files is damaged.
+    """
+    if not cache.is_dir():
+        raise FileNotFoundError(cache)
+    try:
+        manifest = read_json(cache / "manifest.json", "delete the cache")
+    except UserError as damage:
+        raise ValueError(str(damage).rpartition(";")[0]) from damage
+    recorded = manifest.get("sha256")
+    if not isinstance(recorded, dict) or not set(names) <= recorded.keys():
+        raise ValueError(f"{cache / 'manifest.json'} lacks checksums")
+    paths = {name: cache / f"{name}.npy" for name in names}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        try:
+            checksums = dict(zip(names, pool.map(sha256, paths.values()), strict=True))
+        except OSError as error:
+            raise ValueError(f"{error.filename or cache} cannot be read ({error.strerror or error})") from error
+    arrays = {}
+    for name, path in paths.items():
+        if checksums[name] != recorded[name]:
+            raise ValueError(f"{path.name} differs from its recorded checksum")
+        try:
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # a header that makes no sense raises a dozen kinds, from ValueError to TokenError
+            raise ValueError(f"{path.name} is no array ({type(error).__name__})") from error
+        if not isinstance(arrays[name], np.ndarray):
+            raise ValueError(f"{path.name} is an .npz archive")
+    return arrays, manifest
+
+
+def check_array(name, array, shape, dtype, num_classes=None):
+    """Raises ValueError unless `array` has this shape and type and, with `num_classes`, only labels below that."""
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{name} holds {array.dtype} {array.shape} instead of {np.dtype(dtype)} {shape}")
+    if num_classes and array.size and not 0 <= array.min() <= array.max() < num_classes:
+        raise ValueError(f"{name} holds labels outside 0 to {num_classes - 1}")
+
+
+def checked_samples(prefix):
+    """Returns the folder of the samples after a check of its files whose path begins with `prefix`.
+
+    Raises `UserError` where one is missing or differs from its checksum in `sha256.json`.
+    """
+    recorded = read_json(SAMPLES / "sha256.json", RESTORE_SAMPLES)
+    chosen = {SAMPLES / name: checksum for name, checksum in recorded.items() if name.startswith(prefix)}
+    if not chosen:
+        raise UserError(f"{SAMPLES / 'sha256.json'} is damaged (nothing of {prefix}); {RESTORE_SAMPLES}")
+    for path, checksum in chosen.items():
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error}); {RESTORE_SAMPLES}") from error
+        if found != checksum:
+            raise UserError(f"{path} is damaged; {RESTORE_SAMPLES}")
+    return SAMPLES
+
+
+def _load(name, data_dir, sample):
+    source = SOURCES[name]
+    if sample:
+        return _open_sample(source)
+    data_dir = data_folder(data_dir)
+    cache = data_dir / "cache" / name
     try:
         return _open_cache(source, cache)
     except FileNotFoundError:
         pass  # the usual first start
     except ValueError as damage:
-        print(f"{source.name}: {damage}; building {cache} again")
+        print(f"{name}: {damage}; building {cache} again")
     _build_cache(source, data_dir, cache)
     try:
         return _open_cache(source, cache)
@@ -277,41 +336,51 @@ def _load(source, data_dir):
 
 
 def _open_cache(source, cache):
-    """Memory-maps the arrays of a cache folder.
+    """Raises FileNotFoundError where there is no cache, ValueError where it is damaged or of another dataset."""
+    arrays, manifest = read_cache(cache, [f"{split}_{field}" for split in source.sizes for field in source.features])
+    if manifest.get("dataset") != source.name:
+        raise ValueError(f"{cache} holds the dataset {manifest.get('dataset')}")
+    return _dataset(source, source.sizes, arrays, manifest.get("class_names"), manifest["sha256"])
 
-    Raises:
-        FileNotFoundError: where there is no cache.
-        ValueError: where the cache is not what its manifest and `source` say.
-    """
-    if not cache.is_dir():
-        raise FileNotFoundError(cache)
+
+def _open_sample(source):
+    path = checked_samples(f"{source.name}.npz") / f"{source.name}.npz"
+    arrays, checksums = {}, {}
     try:
-        manifest = json.loads((cache / "manifest.json").read_text())
-        class_names, checksums = tuple(manifest["class_names"]), dict(manifest["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"unreadable manifest ({error})") from error
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                content, name = archive.read(member), member.removesuffix(".npy")
+                arrays[name] = np.load(io.BytesIO(content), allow_pickle=False)
+                arrays[name].flags.writeable = False
+                checksums[name] = hashlib.sha256(content).hexdigest()
+        class_names, _ = arrays.pop("class_names").tolist(), checksums.pop("class_names")
+        return _dataset(source, source.sample_sizes, arrays, class_names, checksums)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); {RESTORE_SAMPLES}") from error
+
+
+def _dataset(source, sizes, arrays, class_names, checksums):
+    """Raises ValueError where the arrays or the class names are not what `source` says."""
     splits = {}
-    for split, size in source.sizes.items():
-        arrays = {}
+    for split, size in sizes.items():
         for field in source.features:
-            shape, dtype = _expected(source, field, size)
             name = f"{split}_{field}"
-            try:
-                array = np.load(cache / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise ValueError(f"{name}.npy is missing or truncated") from error
-            if array.shape != shape or array.dtype != dtype or name not in checksums:
-                raise ValueError(f"{name}.npy holds {array.dtype} {array.shape} instead of {dtype} {shape}")
-            arrays[field] = array
-        splits[split] = source.examples(**arrays)
-    return Dataset(source.name, splits["train"], splits["test"], class_names, checksums)
+            if name not in arrays:
+                raise ValueError(f"{name} is missing")
+            check_array(name, arrays[name], *_expected(source, field, size), source.classes.get(field))
+        splits[split] = source.examples(**{field: arrays[f"{split}_{field}"] for field in source.features})
+    number = next(iter(source.classes.values()))
+    if not isinstance(class_names, list) or [type(name) for name in class_names] != [str] * number:
+        raise ValueError(f"there are not {number} class names")
+    return Dataset(source.name, splits["train"], splits["test"], tuple(class_names), checksums)
 
 
 def _expected(source, field, size):
     """Shape and type of one array of a split."""
-    if field == "images":
-        return (size, *source.image_shape), np.dtype(np.uint8)
-    return (size,), np.dtype(np.int64)
+    return ((size, *source.image_shape), np.uint8) if field == "images" else ((size,), np.int64)
+
+
+# ------------------------------------------------------------------------------------------------- the full datasets
 
 
 def _build_cache(source, data_dir, cache):
@@ -324,98 +393,105 @@ def _build_cache(source, data_dir, cache):
             raise _error(source, data_dir, f"not in {data_dir}, and {trouble}")
         print(f"{source.name}: not in {data_dir} yet, downloading it with TensorFlow Datasets")
     try:
-        with building(cache) as folder:
-            _write_arrays(source, data_dir, folder)
-    except UserError:
-        raise
+        splits, info = _prepare(source, data_dir)
+        names = info.features[source.features[next(iter(source.classes))]].names
+        arrays = _read_prepared(source, data_dir, splits)
+        write_cache(cache, arrays, dataset=source.name, class_names=names)
     except OSError as error:
-        raise _error(source, data_dir, f"cannot write {cache} ({error.strerror or error})") from error
-    except Exception as error:  # TFDS and TensorFlow raise dozens of kinds; each is reported, none is swallowed
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise _error(source, data_dir, f"TensorFlow Datasets failed ({type(error).__name__}: {reason})") from error
+        raise UserError(
+            f"dataset {source.name}: cannot write {cache} ({error.strerror or error}); free some space, choose another "
+            f"--data-dir, or add --sample"
+        ) from error
 
 
-def _write_arrays(source, data_dir, folder):
-    """Writes `<split>_<field>.npy` for every split and field, then `manifest.json`, into `folder`."""
+def _prepare(source, data_dir):
+    """Returns the splits as `tf.data.Dataset`, and the `tfds.core.DatasetInfo`."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow_datasets as tfds  # slow to import, and only the first start needs it
 
-    # Official files that lie in the folder for them are checked and used instead of a download.
-    config = tfds.download.DownloadConfig(manual_dir=_by_hand(source, data_dir))
-    splits, info = tfds.load(
-        source.name,
-        data_dir=data_dir,
-        with_info=True,
-        download_and_prepare_kwargs={"download_config": config},
-    )
-    checksums = {}
+    try:
+        return tfds.load(
+            source.name,
+            data_dir=data_dir,
+            with_info=True,
+            # Official files in the folder for them are checked and used instead of a download.
+            download_and_prepare_kwargs={
+                "download_config": tfds.download.DownloadConfig(manual_dir=_by_hand(source, data_dir))
+            },
+        )
+    except Exception as error:  # TFDS and TensorFlow raise dozens of kinds
+        raise _tfds_error(source, data_dir, error) from error
+
+
+def _read_prepared(source, data_dir, splits):
+    """Yields the name and the array of every split and field."""
     for split, size in source.sizes.items():
-        arrays = {}
-        for field in source.features:
-            shape, dtype = _expected(source, field, size)
-            arrays[field] = np.lib.format.open_memmap(folder / f"{split}_{field}.npy", "w+", dtype, shape)
+        arrays = {field: np.empty(*_expected(source, field, size)) for field in source.features}
         start = 0
-        for batch in splits[split].batch(BATCH_SIZE).as_numpy_iterator():
-            stop = start + len(next(iter(batch.values())))
-            for field, feature in source.features.items():
-                values = np.concatenate([batch[f] for f in feature], axis=-1) if field == "images" else batch[feature]
-                if stop > size or values.shape[1:] != arrays[field].shape[1:]:
-                    raise _error(
-                        source,
-                        data_dir,
-                        f"the {split} {field} are {stop} x {values.shape[1:]} instead of {arrays[field].shape}",
+        try:
+            for batch in splits[split].batch(BATCH_SIZE).as_numpy_iterator():
+                stop = start + len(next(iter(batch.values())))
+                for field, feature in source.features.items():
+                    values = (
+                        np.concatenate([batch[each] for each in feature], axis=-1)
+                        if field == "images"
+                        else batch[feature]
                     )
-                arrays[field][start:stop] = values
-            start = stop
+                    if stop > size or values.shape[1:] != arrays[field].shape[1:]:
+                        found = f"{stop} x {values.shape[1:]} instead of {arrays[field].shape}"
+                        raise _error(source, data_dir, f"the {split} {field} are {found}")
+                    arrays[field][start:stop] = values
+                start = stop
+        except UserError:
+            raise
+        except Exception as error:
+            raise _tfds_error(source, data_dir, error) from error
         if start != size:
             raise _error(source, data_dir, f"the prepared {split} split has {start} examples instead of {size}")
-        for field, array in arrays.items():
-            array.flush()
-            checksums[f"{split}_{field}"] = sha256(folder / f"{split}_{field}.npy")
-    label_feature = list(source.features.values())[1]
-    write_json(
-        folder / "manifest.json",
-        {"dataset": source.name, "class_names": info.features[label_feature].names, "sha256": checksums},
-    )
+        for field in list(arrays):
+            yield f"{split}_{field}", arrays.pop(field)  # so that memory is freed as soon as it is written
 
 
 def connection_trouble(url):
-    """Finds out within `NETWORK_TIMEOUT_SECONDS` whether a download can begin.
+    """Returns why a download of `url` cannot begin, "" where the server has the file.
 
-    Args:
-        url: str.
-
-    Returns:
-        What is wrong (str), "" where the server answers and has the file.
+    Takes at most `NETWORK_TIMEOUT_SECONDS`.
     """
-    answer = concurrent.futures.Future()
+    outcome = concurrent.futures.Future()
 
-    def ask():
+    def probe():
         try:
             request = urllib.request.Request(url, method="HEAD")
             with urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT_SECONDS):
-                answer.set_result("")
+                outcome.set_result("")
         except urllib.error.HTTPError as error:
-            answer.set_result(f"its server answers {error.code} {error.reason}")
-        except OSError as error:
-            answer.set_result(f"its server cannot be reached ({getattr(error, 'reason', error)})")
+            outcome.set_result(f"its server answers {error.code} {error.reason}")
+        except (OSError, http.client.HTTPException) as error:
+            outcome.set_result(f"its server cannot be reached ({getattr(error, 'reason', error)})")
 
     # A daemon thread, because looking up a host name ignores every timeout that Python can set.
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=probe, daemon=True).start()
     try:
-        return answer.result(timeout=NETWORK_TIMEOUT_SECONDS)
+        return outcome.result(timeout=NETWORK_TIMEOUT_SECONDS)
     except concurrent.futures.TimeoutError:
         return f"its server does not answer within {NETWORK_TIMEOUT_SECONDS} seconds"
 
 
+def _tfds_error(source, data_dir, error):
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    return _error(source, data_dir, f"TensorFlow Datasets failed ({type(error).__name__}: {reason})")
+
+
 def _error(source, data_dir, trouble):
-    """The one line that says what is wrong with a dataset and how to mend it."""
+    """The one line that says what is wrong with a dataset and how to fix it."""
+    prepared = data_dir / source.name
+    delete = f"delete {prepared} if it is damaged, " if prepared.exists() else ""
     return UserError(
-        f"dataset {source.name}: {trouble}; try again later, or fetch {', '.join(source.archives)} from {source.page} "
-        f"by hand into {_by_hand(source, data_dir)} (and delete {data_dir / source.name} if it is damaged)"
+        f"dataset {source.name}: {trouble}; try again later, {delete}download {', '.join(source.archives)} from "
+        f"{source.page} by hand into {_by_hand(source, data_dir)}, or add --sample"
     )
 
 
 def _by_hand(source, data_dir):
-    """The folder for official files that were fetched by hand. Its own per dataset: some share file names."""
+    """The folder for official files that were downloaded by hand. Its own per dataset: some share file names."""
     return data_dir / "downloads" / "manual" / source.name
