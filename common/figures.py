@@ -2,6 +2,7 @@
 
 import matplotlib
 import numpy as np
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from common.files import replacing
 
@@ -71,32 +72,85 @@ def label_lines(axes):
         )
 
 
-def picture(axes, image, title=None, color=BLACK):
-    """Shows one grey picture, uint8 range (height, width), without ticks or frame."""
+def show_image(axes, image, title=None, color=BLACK):
+    """Shows one image, uint8 range (height, width) or (height, width, 1 or 3), without ticks or frame."""
     axes.imshow(image, vmin=0, vmax=255)
     axes.set_axis_off()
     if title is not None:
         axes.set_title(title, fontsize=8, loc="center", color=color)
 
 
-def confusion_matrix(axes, counts, class_names, title):
-    """Draws a confusion matrix as row percentages with the counts of mistakes.
+def image_grid(images, columns, titles=None, colors=None, title=None, width=10.0):
+    """Returns a figure, `width` inches wide, with `images` row by row and a title and colour for each where given."""
+    rows = -(-len(images) // columns)
+    line_height = 0.2 * max((text.count("\n") + 1 for text in titles or [] if text), default=0)
+    height = rows * (width / columns * images[0].shape[0] / images[0].shape[1] + line_height) + 0.35
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    for panel in axes.flat:
+        panel.set_axis_off()
+    for number, (panel, image) in enumerate(zip(axes.flat, images, strict=False)):
+        show_image(panel, image, titles and titles[number], colors[number] if colors else BLACK)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def confusion_matrix(axes, counts, class_names, title, names=("true class", "predicted class")):
+    """Draws a confusion matrix as row percentages.
 
     Args:
-        axes: matplotlib axes.
         counts: int (num_classes, num_classes), row the true class, column the predicted one.
-        class_names: list of str.
-        title: str.
+        names: what rows and columns are.
     """
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # The square root keeps mistakes of a few per mille visible beside a diagonal near 100 %.
-    axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
-    for row in range(len(counts)):
-        for column in range(len(counts)):
-            text = f"{share[row, column]:.1%}\n{counts[row, column]:,}"
-            color = "white" if share[row, column] > 0.4 else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(counts)), class_names, rotation=30, ha="right")
-    axes.set_yticks(range(len(counts)), class_names)
-    axes.set(xlabel="predicted category", ylabel="true category", title=title)
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    display = ConfusionMatrixDisplay(shares, display_labels=class_names)
+    # The square root of the scale keeps mistakes of a few per mille visible beside a diagonal near 100 %.
+    norm = matplotlib.colors.PowerNorm(0.5, 0, 100)
+    size = 8 if len(counts) <= 12 else 5.5
+    display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=False, im_kw={"norm": norm})
+    for (row, column), share in np.ndenumerate(shares):
+        if counts[row, column]:
+            text = f"{share:.1f}" if len(counts) <= 12 else f"{share:.0f}" if share >= 0.5 else "·"
+            color = "white" if share > 40 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
+    axes.tick_params(axis="x", rotation=0 if max(map(len, map(str, class_names))) <= 3 else 30)
+    axes.set(ylabel=names[0], xlabel=f"{names[1]} (in % of each row)", title=title)
     axes.grid(False)
+
+
+def learning_curves(axes, curves, labels=("training", "validation"), color=BLUE, name=""):
+    """Draws training (dashed) and validation (solid) values of one network, one per epoch, with direct labels to come.
+
+    `curves` is a pair of lists; the second one may be None.
+    """
+    for values, label, style in zip(curves, labels, ("--", "-"), strict=True):
+        if values:
+            epochs = np.arange(1, len(values) + 1)
+            axes.plot(epochs, values, style, color=color, label=f"{name}, {label}" if name else label)
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def experiments(axes, values, baseline, label, noise=None, percent=False):
+    """Draws experiments as one line each: a point per seed (or fold), a tick for the mean, the baseline as a line.
+
+    Args:
+        values: dict from the name of an experiment to its list of measurements, top to bottom.
+        baseline: name of the experiment that the others are compared with.
+        label: what was measured, with its unit.
+        noise: standard deviation of the baseline over its seeds, shaded around its mean; None where it is unknown.
+        percent: whether the numbers are shares to be shown in percent.
+    """
+    if baseline in values:
+        mean = np.mean(values[baseline])
+        if noise is not None and np.isfinite(noise):
+            axes.axvspan(mean - noise, mean + noise, color=GREY, alpha=0.2, linewidth=0)
+        axes.axvline(mean, color=GREY, linewidth=0.8, zorder=0)
+    for place, points in enumerate(values.values()):
+        axes.scatter(points, [place] * len(points), s=18, color=BLUE)
+        axes.scatter(np.mean(points), place, marker="|", s=90, color=BLACK)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set(ylim=(len(values) - 0.5, -0.5), xlabel=label)
+    axes.grid(True, axis="both")
+    if percent:
+        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=None))

@@ -1,0 +1,219 @@
+"""What all scripts do alike with numbers: seeds, comparison with the card, results JSON, experiment tables."""
+
+import csv
+import importlib
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+
+from common.errors import UserError
+from common.files import read_json, replacing, write_json
+from common.models import hardware, read_card
+from common.training import fast_precision
+
+EXACT, ROUNDED, FEW_IMAGES = 5e-5, 0.005, 0.02  # tolerances, relative to the recorded value where that exceeds 1
+START_OVER = "move it away to start the experiments over"
+
+
+def training_runs(script, arguments, models, num_seeds):
+    """Yields (model, seed, folder of the checkpoints) for every training run, and says which one it is.
+
+    `num_seeds` is a dict from model to its number of seeds; there is one with `--quick`.
+    """
+    seeds = {model: 1 if arguments.quick else num_seeds[model] for model in models}
+    runs = [(model, arguments.seed + number) for model in models for number in range(seeds[model])]
+    for number, (model, seed) in enumerate(runs, start=1):
+        print(f"\n{model}, seed {seed} (training run {number} of {len(runs)})")
+        yield model, seed, arguments.output_dir / "runs" / script / f"{model}_seed_{seed}"
+
+
+def optional_module(kind, script):
+    """Returns the module `<kind>.<script>` of "plots" or "experiments", or None, with one line, where it is missing."""
+    try:
+        return importlib.import_module(f"{kind}.{script}")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith(kind):
+            raise
+        print(f"{kind}/{script}.py is missing: {'figures' if kind == 'plots' else 'experiments'} are skipped")
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------- verification
+
+
+def compare(card, measured, *, part, size, sha256):
+    """Puts measured metrics beside those that a card records.
+
+    Args:
+        card: dict, as `models.load_model` returns it.
+        measured: dict from metric to number.
+        part: "test" or "sample", which of the card's metrics are meant.
+        size: number of images that were measured on.
+        sha256: checksums of the dataset.
+
+    Returns a list of dicts with model, metric, measured, recorded and agrees. The last two are None where the card says
+    nothing about these images. On the recorded backend, precision and, with bfloat16, processor, numbers have to agree
+    to the printed digits, otherwise within `ROUNDED`, or `FEW_IMAGES` on the sample.
+    """
+    dataset = card["dataset"]
+    same_data = size == dataset.get(part) and (part == "sample" or sha256 == dataset.get("sha256"))
+    recorded = (card["metrics"].get(part) or {}) if same_data else {}
+    if not recorded:
+        print(f"{card['model']}: not compared, since its card says nothing about these {size:,} images")
+    here = {"backend": keras.backend.backend(), "precision": fast_precision(), "hardware": hardware()}
+    decisive = here if here["precision"] == "mixed_bfloat16" else ("backend", "precision")
+    tolerance = EXACT
+    if any(card[field] != here[field] for field in decisive):
+        tolerance = FEW_IMAGES if part == "sample" else ROUNDED
+    rows = []
+    for metric, value in measured.items():
+        row = {"model": card["model"], "metric": metric, "measured": float(value), "recorded": None, "agrees": None}
+        if isinstance(recorded.get(metric), int | float):
+            row["recorded"] = float(recorded[metric])
+            row["agrees"] = bool(abs(value - row["recorded"]) <= tolerance * max(1, abs(row["recorded"])))
+            row["tolerance"] = tolerance
+        rows.append(row)
+    return rows
+
+
+def conclude(script, arguments, rows, written):
+    """Prints the table of `rows` (see `compare`) and the files in `written`; returns the exit code, 1 on disagreement.
+
+    The rows also go to `<output_dir>/runs/<script>/verification.json`.
+    """
+    width = max([len(row["metric"]) for row in rows], default=6)
+    models = len({row["model"] for row in rows}) > 1
+    model_width = max([len(row["model"]) for row in rows], default=5) if models else 0
+    print(f"\n{'model':{model_width}}  " if models else "\n", f"{'metric':{width}}  measured  recorded", sep="")
+    for row in rows:
+        line = f"{row['model']:{model_width}}  " if models else ""
+        line += f"{row['metric']:{width}}  {row['measured']:8.4f}"
+        if row["recorded"] is not None:
+            line += f"  {row['recorded']:8.4f}  {'agrees' if row['agrees'] else 'DIFFERS'}"
+        print(line)
+    tolerance = max([row["tolerance"] for row in rows if "tolerance" in row], default=EXACT)
+    if tolerance > EXACT:
+        print(f"other hardware, backend or precision than recorded: differences up to {tolerance:.1%} are rounding")
+    path = arguments.output_dir / "runs" / script / "verification.json"
+    write_json(path, {"script": f"{script}.py", "command": arguments.command, "rows": rows})
+    print("\nwrote", *written, path, sep="\n  ")
+    return int(any(row["agrees"] is False for row in rows))
+
+
+def record_metrics(path, **parts):
+    """Writes re-measured metrics, and with them the size of a part, onto the card of the model at `path`.
+
+    `parts` are, for example, `sample=(250, {"accuracy": 0.9})`.
+    """
+    card = read_card(path)
+    for part, (size, metrics) in parts.items():
+        card["metrics"][part] = metrics
+        card["dataset"][part] = size
+    write_json(Path(path).with_suffix(".json"), card)
+
+
+def write_results(script, arguments, results, merged=("models",)):
+    """Writes `report/results/<script>.json` and returns its path.
+
+    With `--model`, what the file says about other models stays: the dicts named in `merged` are merged key by key, and
+    other entries that `results` lacks are kept.
+    """
+    path = arguments.output_dir / "report" / "results" / f"{script}.json"
+    if arguments.model and path.exists():
+        previous = read_json(path, "restore it with `git checkout`, or write it anew with --load --record")
+        both = {name: {**previous.get(name, {}), **results[name]} for name in merged if name in results}
+        results = {**previous, **results, **both}
+    write_json(path, results)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------- experiments
+
+
+def table_path(output_dir, script):
+    """Returns the path of the CSV table of a script's experiments."""
+    return Path(output_dir) / "report" / "results" / f"{script}_experiments.csv"
+
+
+def read_table(path, numbers=(), texts=()):
+    """Returns an experiment table as a `pandas.DataFrame`, empty where there is no file yet.
+
+    The columns `numbers` are float (NaN where empty), all others str. Raises `UserError` where the file is damaged or
+    one of the columns `numbers` or `texts` is missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        return pd.DataFrame(columns=[*texts, *numbers])
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False)
+        with open(path, newline="", encoding="utf-8") as file:
+            lengths = {len(row) for row in csv.reader(file, strict=True)}
+        if len(lengths) != 1:
+            raise ValueError("rows of different lengths")
+        missing = [name for name in [*texts, *numbers] if name not in table]
+        if missing:
+            raise ValueError(f"no column {', '.join(missing)}")
+        for name in numbers:
+            table[name] = pd.to_numeric(table[name].replace("", np.nan))
+    except (OSError, ValueError, csv.Error, pd.errors.ParserError) as error:  # UnicodeDecodeError is a ValueError
+        reason = (str(error).splitlines() or [""])[0][:100]
+        raise UserError(f"{path} is damaged ({reason}); {START_OVER}") from error
+    return table
+
+
+def append_row(path, row):
+    """Adds `row` (dict; tuples are joined by spaces) to the table; the file is replaced as a whole, never half."""
+    row = {name: " ".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in row.items()}
+    table = read_table(path)
+    if len(table) and list(table) != list(row):
+        raise UserError(f"{path} has other columns than this version writes; {START_OVER}")
+    table = pd.concat([table, pd.DataFrame([row])]) if len(table) else pd.DataFrame([row])
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
+
+
+def unfinished(path, planned, limit=None):
+    """Yields those of the `planned` runs (dicts with the same keys, which are columns) that the table has no row of.
+
+    Says which run it is and how long the rest takes. No more than `limit` are yielded.
+    """
+    table = read_table(path, texts=list(planned[0]) if planned else ())
+    finished = set(zip(*(table[key] for key in planned[0]), strict=True)) if planned else set()
+    left = [run for run in planned if tuple(map(str, run.values())) not in finished]
+    started = time.time()
+    for number, run in enumerate(left[:limit]):
+        minutes = (time.time() - started) / max(number, 1) * (len(left) - number) / 60
+        duration = f", about {minutes:.0f} minutes" if number else ""
+        print(f"\n{len(left) - number} of {len(planned)} runs left{duration}: {', '.join(map(str, run.values()))}")
+        yield run
+    print(f"finished runs are in {path}")
+
+
+def paired_comparison(table, metric, baseline="baseline", pair=("seed",)):
+    """Compares every experiment with the baseline, on the seeds (or folds) that both have.
+
+    Args:
+        table: `pandas.DataFrame` with the columns "name", `metric` and those in `pair`, one row per run.
+
+    Returns a `pandas.DataFrame` indexed by name, in the order of the table: `mean` of the metric, `difference` from the
+    baseline (mean over the pairs), `pairs` (number), `noise` (standard deviation of the baseline over its runs, NaN for
+    a single one), and `resolved`: whether the difference exceeds twice the noise expected of such a mean.
+    """
+    runs = table.set_index(["name", *pair])[metric]
+    reference = runs.loc[baseline]
+    noise = reference.std(ddof=1)
+    rows = {}
+    for name in dict.fromkeys(table["name"]):
+        differences = (runs.loc[name] - reference).dropna()
+        expected = noise * np.sqrt(2 / max(len(differences), 1))
+        rows[name] = {
+            "mean": runs.loc[name].mean(),
+            "difference": differences.mean(),
+            "pairs": len(differences),
+            "noise": noise,
+            "resolved": bool(abs(differences.mean()) > 2 * expected),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,0 +1,253 @@
+"""Training that survives being killed, and resumes as if it had never stopped."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from common.errors import UserError
+from common.files import read_json, replacing, write_error, write_json
+
+STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python, which otherwise cost a tenth of the time
+DRAWS_PER_EPOCH = 1_000_000  # more random draws than a layer makes in one epoch
+
+
+class Diverged(UserError):
+    """The loss of a training run is no longer a finite number."""
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of arrays in an order that depends on the seed and the epoch alone.
+
+    Keras' own shuffling continues a random stream, which a resumed process cannot rejoin. `arrays` is a tuple of
+    `inputs` or `(inputs, targets)`, each an array or a dict of arrays.
+    """
+
+    def __init__(self, arrays, batch_size, seed):
+        super().__init__()
+        self.arrays, self.batch_size, self.seed = arrays, batch_size, seed
+        self.num_examples = len(keras.tree.flatten(arrays)[0])
+        self.shuffle(0)
+
+    def shuffle(self, epoch):
+        self.order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+
+    def __len__(self):
+        return math.ceil(self.num_examples / self.batch_size)
+
+    def __getitem__(self, number):
+        chosen = self.order[number * self.batch_size : (number + 1) * self.batch_size]
+        return keras.tree.map_structure(lambda array: array[chosen], self.arrays)
+
+
+class EpochSeeds(keras.callbacks.Callback):
+    """Makes the order and everything random in an epoch (augmentation, dropout, noise) depend on its number alone."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.batches.shuffle(epoch)
+        states = [variable for variable in self.model.variables if variable.name == "seed_generator_state"]
+        for number, state in enumerate(states):
+            state.assign(np.array([self.batches.seed + number, epoch * DRAWS_PER_EPOCH % 2**32], "uint32"))
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """After every epoch writes weights, optimizer state, learning curves and seconds to `folder`.
+
+    `keras.callbacks.BackupAndRestore` does not keep the learning curves, nor weights and epoch number together when the
+    process is killed between writing the one and the other. Here `state.json` names the weights it belongs to and is
+    renamed into place last, so that a kill at any moment costs at most the epoch under way. `settings` is a dict of
+    what makes this training run different from another one.
+    """
+
+    def __init__(self, folder, settings):
+        super().__init__()
+        self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))  # as it is read back
+        self.epoch, self.history, self.seconds = 0, {}, 0.0
+
+    def restore(self, model):
+        """Puts the last checkpoint, where there is one, into a compiled `model`; `self.epoch` says how far it got.
+
+        Raises `UserError` where the checkpoint is damaged or belongs to a training run with other settings.
+        """
+        path = self.folder / "state.json"
+        if not path.exists():
+            return
+        advice = "start over without --resume"
+        state = read_json(path, advice)
+        try:
+            settings, weights, history = state["settings"], state["weights"], state["history"]
+            epoch, seconds = int(state["epoch"]), float(state["seconds"])
+            curves = {name: [float(value) for value in values] for name, values in history.items()}
+            complete = epoch > 0 and "loss" in curves and all(len(values) == epoch for values in curves.values())
+            if not complete or Path(weights).name != weights:
+                raise ValueError("its parts do not belong together")
+            changed = [name for name in self.settings if settings.get(name) != self.settings[name]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); {advice}") from error
+        if changed:
+            raise UserError(
+                f"the checkpoint in {self.folder} was made with other settings ({', '.join(changed)}); use those "
+                f"again, or {advice}"
+            )
+        try:
+            model.load_weights(self.folder / weights)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0][:100]
+            raise UserError(f"the checkpoint in {self.folder} is damaged ({reason}); {advice}") from error
+        self.epoch, self.history, self.seconds = epoch, curves, seconds
+
+    def on_train_begin(self, logs=None):
+        self.started = time.time() - self.seconds
+
+    def on_epoch_end(self, epoch, logs=None):
+        for name, value in (logs or {}).items():
+            self.history.setdefault(name, []).append(float(value))
+        self.epoch, self.seconds = epoch + 1, time.time() - self.started
+        weights = self.folder / f"epoch_{self.epoch:04d}.weights.h5"
+        save_weights(self.model, weights)
+        state = {
+            "epoch": self.epoch,
+            "weights": weights.name,
+            "seconds": self.seconds,
+            "settings": self.settings,
+            "history": self.history,
+        }
+        write_json(self.folder / "state.json", state)
+        for old in self.folder.glob("epoch_*.weights.h5"):
+            if old != weights:
+                old.unlink()
+
+
+def save_weights(model, path):
+    """Writes the weights of `model` (and its optimizer state) to `path`, which ends in ".weights.h5"."""
+    with replacing(path) as temporary:
+        try:
+            model.save_weights(temporary)
+        except RuntimeError as error:  # what h5py raises on a full disk
+            raise write_error(path, error) from error
+
+
+def fit(
+    model,
+    inputs,
+    targets,
+    *,
+    config,
+    seed,
+    folder,
+    resume,
+    precision="float32",
+    validation_data=None,
+    callbacks=(),
+    **keywords,
+):
+    """`model.fit` that can be killed at any moment and resumed, with the same curves as an uninterrupted run.
+
+    Args:
+        model: compiled `keras.Model`; custom `callbacks` and further `keywords` go to `keras.Model.fit`.
+        inputs, targets: array or dict of arrays each; `targets` may be None for a model with a loss of its own.
+        config: dataclass instance with, among others, `epochs` and `batch_size`.
+        seed: of the order of the examples and of all layers that draw random numbers.
+        folder: where the checkpoint lives. It stays after the end, so that a script that trains several models one
+            after the other skips the finished ones when it is resumed.
+        resume: False deletes an older checkpoint first. A checkpoint of another config, seed or precision is refused.
+        precision: dtype policy that the model computes in.
+
+    Returns the learning curves, a dict from metric name to one float per epoch, and the seconds of all epochs. Raises
+    `Diverged` where the loss is no longer finite, and `UserError` where the checkpoint cannot be used.
+    """
+    folder = Path(folder)
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = Checkpoint(folder, {**dataclasses.asdict(config), "seed": seed, "precision": precision})
+    _create_variables(model, inputs, targets)
+    checkpoint.restore(model)
+    if checkpoint.epoch:
+        print(f"resuming after epoch {checkpoint.epoch} of {config.epochs}")
+    if checkpoint.epoch < config.epochs:
+        batches = Batches((inputs,) if targets is None else (inputs, targets), config.batch_size, seed)
+        model.fit(
+            batches,
+            initial_epoch=checkpoint.epoch,
+            epochs=config.epochs,
+            shuffle=False,  # the batches are shuffled already
+            validation_data=validation_data,
+            validation_batch_size=config.batch_size,
+            callbacks=[keras.callbacks.TerminateOnNaN(), EpochSeeds(batches), *callbacks, checkpoint],
+            **keywords,
+        )
+    if not np.isfinite(checkpoint.history["loss"][-1]) or checkpoint.epoch < config.epochs:
+        raise Diverged("the loss is no longer a finite number; lower the learning rate or try another --seed")
+    return checkpoint.history, checkpoint.seconds
+
+
+def _create_variables(model, inputs, targets):
+    """Creates the state of optimizer, losses and metrics before the first step.
+
+    The optimizer's must exist before it is restored, and TensorFlow traces a step twice that creates variables.
+    """
+    model.optimizer.build(model.trainable_variables)
+    if keras.backend.backend() == "tensorflow" and targets is not None:
+        one, target = keras.tree.map_structure(lambda array: array[:1], (inputs, targets))
+        predicted = model(one)
+        model.compute_loss(one, target, predicted)
+        model.compute_metrics(one, target, predicted)
+        model.reset_metrics()
+
+
+def cosine_schedule(learning_rate, steps):
+    """Returns a Keras schedule: linear warm-up over a twentieth of `steps`, then a cosine down to 0."""
+    warmup_steps = max(steps // 20, 1)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0, max(steps - warmup_steps, 1), warmup_target=learning_rate, warmup_steps=warmup_steps
+    )
+
+
+def count_steps(num_examples, config):
+    """Returns the number of optimisation steps of a training run."""
+    return math.ceil(num_examples / config.batch_size) * config.epochs
+
+
+def fast_precision():
+    """Returns the Keras dtype policy that trains fastest here: "mixed_bfloat16" or "float32".
+
+    bfloat16 arithmetic, with weights kept in float32, nearly doubles the speed of convolutions on GPUs and on CPUs with
+    instructions for it (AMX, AVX-512 BF16), and slows every other CPU down.
+    """
+    if any("gpu" in device.lower() for device in keras.distribution.list_devices()):
+        return "mixed_bfloat16"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fast = keras.backend.backend() == "tensorflow" and ("amx_bf16" in flags or "avx512_bf16" in flags)
+    return "mixed_bfloat16" if fast else "float32"
+
+
+@contextlib.contextmanager
+def computing_in(precision):
+    """While it is entered, layers are created with the dtype policy `precision`. Yields `precision`."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)
+    try:
+        yield precision
+    finally:
+        keras.config.set_dtype_policy(policy)
+
+
+def compile_options(steps):
+    """Returns the arguments of `keras.Model.compile` that make a training run of `steps` steps fastest."""
+    return {
+        # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow. Under JAX every step is compiled,
+        # unless the `supports_jit` of a layer says no; Keras then only warns.
+        "jit_compile": keras.backend.backend() == "jax",
+        # A loop takes longer to compile than a single step, which a short training run never earns back.
+        "steps_per_execution": STEPS_PER_EXECUTION if steps >= STEPS_PER_EXECUTION else 1,
+    }

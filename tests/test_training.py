@@ -1,0 +1,260 @@
+"""Checkpoints, exact resume, schedules and precision."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from common import training
+from common.errors import UserError
+
+INPUTS = np.random.default_rng(0).normal(size=(70, 3)).astype("float32")
+TARGETS = INPUTS.sum(axis=1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    epochs: int = 1
+    batch_size: int = 16
+    widths: tuple = (4,)
+
+
+def small_model(seed=0):
+    """A model whose training depends on weights, order, noise and dropout."""
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((3,))
+    features = keras.layers.GaussianNoise(0.1)(inputs)
+    features = keras.layers.Dropout(0.2)(keras.layers.Dense(4, activation="relu")(features))
+    model = keras.Model(inputs, keras.layers.Dense(1)(features))
+    model.compile(keras.optimizers.Adam(0.01), "mse", **training.compile_options(1))
+    return model
+
+
+def fit(model, folder, epochs, resume=False, seed=0, **keywords):
+    options = {"config": Config(epochs), "seed": seed, "folder": folder, "resume": resume, "verbose": 0}
+    return training.fit(model, INPUTS, TARGETS, **options | keywords)
+
+
+class Stop(keras.callbacks.Callback):
+    """Raises in the middle of an epoch, as if the process were killed there."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.stop_epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.epoch == self.stop_epoch and batch == 2:
+            raise KeyboardInterrupt
+
+
+def resumed_and_uninterrupted(folder):
+    """Returns the curves and the weights of both."""
+    whole = small_model()
+    curves, _ = fit(whole, folder / "whole", 5, validation_data=(INPUTS, TARGETS))
+    with pytest.raises(KeyboardInterrupt):
+        fit(small_model(), folder / "stopped", 5, callbacks=[Stop(3)], validation_data=(INPUTS, TARGETS))
+    again = small_model(seed=1)
+    resumed, _ = fit(again, folder / "stopped", 5, resume=True, validation_data=(INPUTS, TARGETS))
+    return resumed, curves, again.get_weights(), whole.get_weights()
+
+
+def test_resume_equals_an_uninterrupted_run(tmp_path):
+    resumed, curves, weights, expected = resumed_and_uninterrupted(tmp_path)
+    assert resumed == curves
+    assert len(curves["loss"]) == len(curves["val_loss"]) == 5
+    assert all(np.array_equal(*pair) for pair in zip(weights, expected, strict=True))
+
+
+def test_resume_equals_an_uninterrupted_run_under_jax(tmp_path):
+    code = f"""
+import sys
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
+import pathlib, numpy as np, test_training
+resumed, curves, weights, expected = test_training.resumed_and_uninterrupted(pathlib.Path({str(tmp_path)!r}))
+print(resumed == curves and all(np.array_equal(*pair) for pair in zip(weights, expected)))
+"""
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.split()[-1] == "True", done.stderr
+
+
+def test_resumed_run_keeps_optimizer_steps_seconds_and_one_checkpoint(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(small_model(), tmp_path, 5, callbacks=[Stop(3)])
+    saved = json.loads((tmp_path / "state.json").read_text())
+    assert saved["epoch"] == 3
+    resumed = small_model(seed=1)
+    curves, seconds = fit(resumed, tmp_path, 5, resume=True)
+    assert curves["loss"][:3] == saved["history"]["loss"]
+    assert int(resumed.optimizer.iterations) == 5 * 5
+    assert seconds > saved["seconds"]
+    assert [path.name for path in tmp_path.glob("*.h5")] == ["epoch_0005.weights.h5"]
+
+
+def test_every_epoch_has_an_order_of_its_own_with_every_example_once():
+    batches = training.Batches((INPUTS,), 16, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        batches.shuffle(epoch)
+        seen = np.concatenate([batches[number][0] for number in range(len(batches))])
+        assert np.array_equal(np.sort(seen, axis=0), np.sort(INPUTS, axis=0))
+        orders.append(seen)
+    assert np.array_equal(orders[0], orders[2])
+    assert not np.array_equal(orders[0], orders[1])
+
+
+def test_resuming_a_finished_run_trains_no_more(tmp_path):
+    model = small_model()
+    first, _ = fit(model, tmp_path, 2)
+    again = small_model(seed=1)
+    second, _ = fit(again, tmp_path, 2, resume=True)
+    assert second == first
+    for expected, restored in zip(model.get_weights(), again.get_weights(), strict=True):
+        assert np.array_equal(expected, restored)
+
+
+def test_a_training_step_is_traced_once(tmp_path, monkeypatch):
+    """Tracing takes longer than all that a --quick run does; a step that creates variables is traced twice."""
+    model = small_model()
+    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"], jit_compile=False)
+    calls = []
+    step = model.train_step
+    monkeypatch.setattr(model, "train_step", lambda data: calls.append(0) or step(data))
+    curves, _ = fit(model, tmp_path, 2)
+    assert len(calls) == 1
+    assert len(curves["mae"]) == 2
+
+
+def test_without_resume_an_old_checkpoint_is_forgotten(tmp_path):
+    fit(small_model(), tmp_path, 2)
+    curves, _ = fit(small_model(), tmp_path, 1)
+    assert len(curves["loss"]) == 1
+
+
+def test_checkpoint_of_other_settings_is_refused(tmp_path):
+    fit(small_model(), tmp_path, 1)
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        fit(small_model(), tmp_path, 1, resume=True, seed=1)
+    with pytest.raises(UserError, match=r"other settings \(epochs\)"):
+        fit(small_model(), tmp_path, 2, resume=True)
+    with pytest.raises(UserError, match=r"other settings \(precision\)"):
+        fit(small_model(), tmp_path, 1, resume=True, precision="mixed_bfloat16")
+
+
+def change_state(folder, **fields):
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | fields))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "state.json").write_bytes(b"damaged"),
+        lambda folder: (folder / "state.json").write_text("[]"),
+        lambda folder: (folder / "epoch_0001.weights.h5").write_bytes(b"damaged"),
+        lambda folder: (folder / "epoch_0001.weights.h5").unlink(),
+        lambda folder: change_state(folder, history={}),
+        lambda folder: change_state(folder, history={"loss": ["high"]}),
+        lambda folder: change_state(folder, epoch="one"),
+        lambda folder: change_state(folder, settings=None),
+        lambda folder: change_state(folder, weights="../epoch_0001.weights.h5"),
+        lambda folder: change_state(folder, weights=1),
+    ],
+)
+def test_damaged_checkpoint_is_a_user_error(damage, tmp_path):
+    fit(small_model(), tmp_path, 1)
+    damage(tmp_path)
+    with pytest.raises(UserError, match="damaged.*start over without --resume") as error:
+        fit(small_model(), tmp_path, 1, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_full_disk_while_saving_is_a_user_error(tmp_path, monkeypatch):
+    def fail(path):
+        raise RuntimeError("Unable to synchronously create dataset (no space left on device)")
+
+    model = small_model()
+    monkeypatch.setattr(model, "save_weights", fail)
+    with pytest.raises(UserError, match=r"cannot write .*no space left.*free some space"):
+        training.save_weights(model, tmp_path / "a.weights.h5")
+    assert not list(tmp_path.iterdir())
+
+
+def test_loss_that_is_no_longer_finite_is_told_apart_and_a_user_error(tmp_path):
+    model = small_model()
+    model.optimizer.learning_rate = 1e30
+    with pytest.raises(training.Diverged, match="no longer a finite number"):
+        fit(model, tmp_path, 9)
+    assert issubclass(training.Diverged, UserError)
+
+
+def test_kill_9_in_the_middle_of_an_epoch(tmp_path):
+    """A process that is killed loses the epoch under way and nothing else."""
+    code = f"""
+import sys, time
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
+import keras, test_training
+class Slow(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        time.sleep(0.05)
+test_training.fit(test_training.small_model(), {str(tmp_path)!r}, 500, callbacks=[Slow()])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.time() + 60
+    while not (tmp_path / "state.json").exists() or json.loads((tmp_path / "state.json").read_text())["epoch"] < 2:
+        assert process.poll() is None
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = json.loads((tmp_path / "state.json").read_text())
+    epochs = state["epoch"] + 2  # 500 would take too long
+    change_state(tmp_path, settings={**state["settings"], "epochs": epochs})
+    model = small_model(seed=1)
+    curves, _ = fit(model, tmp_path, epochs, resume=True)
+    assert curves["loss"][: state["epoch"]] == state["history"]["loss"]
+    assert len(curves["loss"]) == epochs
+    assert int(model.optimizer.iterations) == 5 * epochs
+
+
+def test_cosine_schedule_rises_then_falls_to_zero():
+    schedule = training.cosine_schedule(0.5, 100)
+    rates = [float(schedule(step)) for step in range(101)]
+    assert rates[0] == 0
+    assert rates[5] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0, abs=1e-6)
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+
+
+def test_steps_count_the_last_small_batch():
+    assert training.count_steps(25, Config(epochs=3, batch_size=10)) == 9
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_every_step_is_compiled_under_jax(backend, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: backend)
+    assert training.compile_options(1)["jit_compile"] is (backend == "jax")
+
+
+def test_precision_is_one_that_keras_knows():
+    assert training.fast_precision() in ("float32", "mixed_bfloat16")
+
+
+def test_layers_compute_in_the_precision_of_the_innermost_block():
+    with training.computing_in("mixed_bfloat16") as precision:
+        assert precision == "mixed_bfloat16"
+        with training.computing_in("float32"):
+            assert keras.layers.Dense(1).compute_dtype == "float32"
+        assert keras.layers.Dense(1).compute_dtype == "bfloat16"
+    assert keras.layers.Dense(1).compute_dtype == "float32"
