@@ -1,11 +1,13 @@
-"""The loaders on small datasets in TensorFlow Datasets' own format, and everything that can be wrong with them."""
+"""The loaders on the tracked samples and on small datasets in TensorFlow Datasets' format, and every fault of both."""
 
 import dataclasses
 import errno
 import gzip
 import hashlib
 import http.server
+import io
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -17,7 +19,8 @@ import numpy as np
 import pytest
 
 from common import datasets
-from common.cli import UserError
+from common.errors import UserError
+from data import make_samples
 
 SIZES = {"train": 7, "test": 5}
 
@@ -73,12 +76,17 @@ def prepare_small(name, data_dir, sizes=None):
         type("Small", (tfds.core.GeneratorBasedBuilder,), members)(data_dir=data_dir).download_and_prepare()
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """Makes the loaders expect the small sizes and forbids the network. Returns an empty data folder."""
+def expect_small(monkeypatch):
+    """Makes the loaders expect the small sizes and forbids the network."""
     for name, source in datasets.SOURCES.items():
         monkeypatch.setitem(datasets.SOURCES, name, dataclasses.replace(source, sizes=SIZES))
     monkeypatch.setattr(datasets.urllib.request, "urlopen", no_network)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """An empty data folder for loaders that expect the small sizes."""
+    expect_small(monkeypatch)
     return tmp_path / "data"
 
 
@@ -86,11 +94,20 @@ def no_network(*_, **__):
     raise datasets.urllib.error.URLError(OSError(errno.ENETUNREACH, "Network is unreachable"))
 
 
+@pytest.fixture(scope="module")
+def prepared_smallnorb(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        expect_small(monkeypatch)
+        prepare_small("smallnorb", data_dir)
+        datasets.load_smallnorb(data_dir)
+    return data_dir
+
+
 @pytest.fixture
-def smallnorb(small):
+def smallnorb(small, prepared_smallnorb):
     """A data folder with the small smallNORB prepared and cached."""
-    prepare_small("smallnorb", small)
-    datasets.load_smallnorb(small)
+    shutil.copytree(prepared_smallnorb, small)
     return small
 
 
@@ -105,10 +122,9 @@ def test_every_loader_returns_what_was_prepared(name, small):
         assert part.images.shape == (size, *source.image_shape)
         assert part.images.dtype == np.uint8
         assert not part.images.flags.writeable
-        # TensorFlow Datasets shuffles as it prepares; every example has its own picture, which finds it again.
+        # TensorFlow Datasets shuffles as it prepares; every example has its own image, which finds it again.
         order = [
-            next(i for i in range(size) if np.array_equal(image, picture_of(name, i)))
-            for image in np.array(part.images)
+            next(i for i in range(size) if np.array_equal(image, image_of(name, i))) for image in np.array(part.images)
         ]
         assert sorted(order) == list(range(size))
         for field, feature in list(source.features.items())[1:]:
@@ -120,15 +136,18 @@ def test_every_loader_returns_what_was_prepared(name, small):
     assert dataset.checksums["test_images"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def picture_of(name, index):
+def image_of(name, index):
     features = example(name, index)
     return np.concatenate([features[f] for f in datasets.SOURCES[name].features["images"]], axis=-1)
 
 
-def test_second_start_is_fast_and_imports_no_tensorflow(fake_data_dir):
+@pytest.mark.parametrize("sample", [False, True])
+def test_second_start_is_fast_and_imports_no_tensorflow(sample, smallnorb):
     code = (
-        "import sys, time; from common.datasets import load_smallnorb; start = time.perf_counter();"
-        f"d = load_smallnorb({str(fake_data_dir)!r}); d.train.images[24299].sum(); d.test.category[0];"
+        "import dataclasses, sys, time; from common import datasets;"
+        f"source = dataclasses.replace(datasets.SOURCES['smallnorb'], sizes={SIZES});"
+        "datasets.SOURCES['smallnorb'] = source; start = time.perf_counter();"
+        f"d = datasets.load_smallnorb({str(smallnorb)!r}, {sample}); d.train.images[6].sum(); d.test.category[0];"
         "print(time.perf_counter() - start, 'tensorflow' in sys.modules, 'tensorflow_datasets' in sys.modules)"
     )
     seconds, *imported = subprocess.run(
@@ -138,36 +157,100 @@ def test_second_start_is_fast_and_imports_no_tensorflow(fake_data_dir):
     assert imported == ["False", "False"]
 
 
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
 def truncate(cache):
     path = cache / "train_images.npy"
     path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_a_bit(cache):
+    path = cache / "test_images.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def empty(cache):
     (cache / "test_category.npy").write_bytes(b"")
 
 
-def reshape(cache):
-    np.save(cache / "train_images.npy", np.zeros((7, 96, 96, 1), np.uint8))
-
-
-def retype(cache):
-    np.save(cache / "test_elevation.npy", np.zeros(5, np.float32))
-
-
 def remove(cache):
     (cache / "train_instance.npy").unlink()
 
 
-def half_written(cache):
+def remove_manifest(cache):
     (cache / "manifest.json").unlink()
 
 
-def scramble_manifest(cache):
+def truncate_manifest(cache):
     (cache / "manifest.json").write_text('{"class_names": ')
 
 
-DAMAGES = [truncate, empty, reshape, retype, remove, half_written, scramble_manifest]
+def list_manifest(cache):
+    (cache / "manifest.json").write_text("[]")
+
+
+def edit_manifest(cache, **changes):
+    path = cache / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def scalar_checksums(cache):
+    edit_manifest(cache, sha256=3)
+
+
+def forget_checksum(cache):
+    checksums = json.loads((cache / "manifest.json").read_text())["sha256"]
+    del checksums["train_images"]
+    edit_manifest(cache, sha256=checksums)
+
+
+def number_class_names(cache):
+    edit_manifest(cache, class_names=[1, 2, 3, 4, 5])
+
+
+def lose_class_name(cache):
+    edit_manifest(cache, class_names=["animals", "humans", "planes", "trucks"])
+
+
+def rename_dataset(cache):
+    edit_manifest(cache, dataset="mnist")
+
+
+DAMAGES = [truncate, flip_a_bit, empty, remove, remove_manifest, truncate_manifest, list_manifest, scalar_checksums]
+DAMAGES += [forget_checksum, number_class_names, lose_class_name, rename_dataset]
+
+# Files whose checksums agree, so that only their content tells that they are wrong.
+WRONG_ARRAYS = {
+    "shape": ("train_images", np.zeros((7, 96, 96, 1), np.uint8)),
+    "type": ("test_elevation", np.zeros(5, np.float32)),
+    "nan": ("test_elevation", np.full(5, np.nan)),
+    "pickled": ("test_category", np.array([None] * 5)),
+    "0-d": ("test_category", np.array(3)),
+    "too few": ("train_azimuth", np.zeros(6, np.int64)),
+    "label too high": ("train_lighting", np.full(7, 6)),
+    "label below zero": ("train_lighting", np.full(7, -1)),
+    "text": ("train_lighting", np.array(["left"] * 7)),
+}
+
+
+def write_wrong(kind, cache):
+    if kind in WRONG_ARRAYS:
+        name, array = WRONG_ARRAYS[kind]
+        np.save(cache / f"{name}.npy", array, allow_pickle=True)
+    else:
+        name = "train_category"
+        if kind == "npz":
+            np.savez(cache / "archive.npz", category=np.zeros(7, np.int64))
+            os.replace(cache / "archive.npz", cache / f"{name}.npy")
+        elif kind == "header":
+            (cache / f"{name}.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': [[[[[[(\n")
+        else:
+            (cache / f"{name}.npy").write_bytes(b"no array")
+    checksums = json.loads((cache / "manifest.json").read_text())["sha256"]
+    edit_manifest(cache, sha256={**checksums, name: datasets.sha256(cache / f"{name}.npy")})
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -179,6 +262,19 @@ def test_damaged_cache_is_built_again(damage, smallnorb, capsys):
     assert dataset.train.instance.max() == 6
 
 
+@pytest.mark.parametrize("kind", [*WRONG_ARRAYS, "npz", "header", "other"])
+def test_arrays_of_the_wrong_kind_are_named_and_built_again(kind, smallnorb, capsys):
+    write_wrong(kind, smallnorb / "cache" / "smallnorb")
+    name = WRONG_ARRAYS[kind][0] if kind in WRONG_ARRAYS else "train_category"
+    dataset = datasets.load_smallnorb(smallnorb)
+    output = capsys.readouterr().out
+    assert len(output.splitlines()) == 1
+    assert output.startswith(f"smallnorb: {name}")
+    assert "building" in output
+    assert dataset.train.instance.max() == 6
+    assert dataset.train.lighting.max() == 5
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cache_without_source_is_one_clear_line(damage, smallnorb):
     damage(smallnorb / "cache" / "smallnorb")
@@ -187,9 +283,17 @@ def test_damaged_cache_without_source_is_one_clear_line(damage, smallnorb):
 
 
 def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(smallnorb):
-    shutil.move(smallnorb / "cache" / "smallnorb", smallnorb / "cache" / ".smallnorb.123")
-    (smallnorb / "cache" / ".smallnorb.123" / "test_images.npy").unlink()
+    shutil.move(smallnorb / "cache" / "smallnorb", smallnorb / "cache" / ".123.smallnorb")
+    (smallnorb / "cache" / ".123.smallnorb" / "test_images.npy").unlink()
     assert datasets.load_smallnorb(smallnorb).test.images.shape == (5, 96, 96, 2)
+
+
+@pytest.mark.parametrize("name", list(datasets.SOURCES))
+def test_a_data_dir_that_is_a_file_is_called_a_file(name, tmp_path):
+    path = tmp_path / "data"
+    path.write_text("")
+    with pytest.raises(UserError, match=r"data is a file; .*--data-dir"):
+        getattr(datasets, f"load_{name}")(path)
 
 
 def assert_helpful(action, data_dir, *parts):
@@ -201,6 +305,7 @@ def assert_helpful(action, data_dir, *parts):
         assert part in message
     assert str(data_dir / "downloads" / "manual" / "smallnorb") in message
     assert "smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat.gz" in message
+    assert message.endswith("or add --sample")
 
 
 def test_no_network_and_no_data(small):
@@ -269,40 +374,217 @@ def test_full_disk(small, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np.lib.format, "open_memmap", full)
-    assert_helpful(lambda: datasets.load_smallnorb(small), small, "No space left on device")
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
+    with pytest.raises(UserError, match=r"dataset smallnorb: cannot write .*No space left on device.*--data-dir"):
+        datasets.load_smallnorb(small)
     assert not list((small / "cache").iterdir())
+
+
+def test_file_size_limit_is_an_error_and_no_signal(tmp_path):
+    """Writing through a memory map died of SIGBUS here."""
+    code = (
+        "import resource, sys, numpy as np; from pathlib import Path; from common.datasets import write_cache;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "write_cache(Path(sys.argv[1]), [('images', np.zeros((50, 96, 96), np.uint8))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "cache"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "OSError: [Errno 27] File too large"
+    assert not list(tmp_path.iterdir())
 
 
 def test_official_files_put_there_by_hand(monkeypatch, tmp_path):
     """Files in the folder for them are enough: TensorFlow Datasets checks and reads them, and asks no network."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.checksums import UrlInfo
+    from tensorflow_datasets.image_classification import mnist
 
     folder = tmp_path / "downloads" / "manual" / "mnist"
     folder.mkdir(parents=True)
-    labels = (np.arange(10000) % 10).astype(np.uint8)
+    labels = (np.arange(100) % 10).astype(np.uint8)
     contents = {"images": (2051, [28, 28], np.repeat(labels, 784)), "labels": (2049, [], labels)}
     checksums = {}
     for split, repeats in (("train", 6), ("t10k", 1)):
         for content, (magic, shape, values) in contents.items():
-            header = np.array([magic, 10000 * repeats, *shape], ">i4").tobytes()
+            header = np.array([magic, 100 * repeats, *shape], ">i4").tobytes()
             path = folder / f"{split}-{content}-idx{1 + len(shape)}-ubyte.gz"
             path.write_bytes(gzip.compress(header + np.tile(values, repeats).tobytes()))
             url = f"https://storage.googleapis.com/cvdf-datasets/mnist/{path.name}"
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             checksums[url] = UrlInfo(path.stat().st_size, digest, path.name)
     monkeypatch.setattr(tfds.core.DatasetBuilder, "url_infos", property(lambda self: checksums))
+    sizes = {"train": 600, "test": 100}  # preparing the official 70,000 takes half a minute
+    monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", sizes["train"])
+    monkeypatch.setattr(mnist, "_TEST_EXAMPLES", sizes["test"])
+    monkeypatch.setitem(datasets.SOURCES, "mnist", dataclasses.replace(datasets.SOURCES["mnist"], sizes=sizes))
     monkeypatch.setattr(datasets.urllib.request, "urlopen", no_network)
     dataset = datasets.load_mnist(tmp_path)
-    assert dataset.train.images.shape == (60000, 28, 28, 1)
+    assert dataset.train.images.shape == (600, 28, 28, 1)
     assert np.array_equal(dataset.test.images[:, 5, 5, 0], dataset.test.labels)
-    assert np.bincount(dataset.train.labels).tolist() == [6000] * 10
+    assert np.bincount(dataset.train.labels).tolist() == [60] * 10
 
 
 def test_shared_archive_names_do_not_collide(small):
     folders = {datasets._by_hand(source, small) for source in datasets.SOURCES.values()}
     assert len(folders) == len(datasets.SOURCES)
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize("name", list(datasets.SOURCES))
+def test_every_sample_is_small_balanced_and_like_the_dataset(name, monkeypatch):
+    monkeypatch.setattr(datasets.urllib.request, "urlopen", no_network)
+    dataset = getattr(datasets, f"load_{name}")("/nowhere", sample=True)
+    source = datasets.SOURCES[name]
+    assert dataset.name == name
+    assert len(dataset.class_names) == {"smallnorb": 5, "cifar100": 100}.get(name, 10)
+    assert all(type(each) is str for each in dataset.class_names)
+    for split, size in source.sample_sizes.items():
+        part = getattr(dataset, split)
+        assert 100 <= size <= 300
+        assert part.images.shape == (size, *source.image_shape)
+        assert part.images.dtype == np.uint8
+        assert len(np.unique(part.images.reshape(size, -1), axis=0)) == size
+        for field, array in part._asdict().items():
+            assert not array.flags.writeable
+            assert checksum(array) == dataset.checksums[f"{split}_{field}"]
+        for field in ("category",) if name == "smallnorb" else source.classes:
+            counts = np.bincount(getattr(part, field))
+            assert len(counts) == source.classes[field]
+            assert len(set(counts)) == 1
+    assert dataset.checksums.keys() == {f"{split}_{field}" for split in source.sizes for field in source.features}
+
+
+def checksum(array):
+    content = io.BytesIO()
+    np.save(content, np.array(array))
+    return hashlib.sha256(content.getvalue()).hexdigest()
+
+
+def test_sample_of_smallnorb_shows_every_toy_from_everywhere():
+    dataset = datasets.load_smallnorb("/nowhere", sample=True)
+    for split, toys, pairs in ((dataset.train, [4, 6, 7, 8, 9], 4), (dataset.test, [0, 1, 2, 3, 5], 6)):
+        counts = np.zeros((5, 10), int)
+        np.add.at(counts, (split.category, split.instance), 1)
+        assert (counts[:, toys] == pairs).all()
+        assert counts.sum() == 25 * pairs
+        assert np.bincount(split.elevation).min() >= len(split.images) // 9
+        assert np.bincount(split.lighting, minlength=6).min() >= len(split.images) // 8
+    assert len(np.unique(dataset.test.azimuth)) == 18
+
+
+def test_samples_are_complete_and_under_six_megabytes():
+    files = [path for path in datasets.SAMPLES.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 6e6
+    recorded = json.loads((datasets.SAMPLES / "sha256.json").read_text())
+    unrecorded = {path.relative_to(datasets.SAMPLES).as_posix() for path in files} - recorded.keys()
+    assert unrecorded == {"sha256.json", ".gitattributes"}
+
+
+@pytest.fixture
+def samples(tmp_path, monkeypatch):
+    """A copy of the samples that a test may damage."""
+    copy = tmp_path / "samples"
+    shutil.copytree(datasets.SAMPLES, copy)
+    monkeypatch.setattr(datasets, "SAMPLES", copy)
+    return copy
+
+
+def cut_sample(folder):
+    path = folder / "mnist.npz"
+    path.write_bytes(path.read_bytes()[:50_000])
+
+
+def empty_sample(folder):
+    (folder / "mnist.npz").write_bytes(b"")
+
+
+def remove_sample(folder):
+    (folder / "mnist.npz").unlink()
+
+
+def remove_checksums(folder):
+    (folder / "sha256.json").unlink()
+
+
+def cut_checksums(folder):
+    (folder / "sha256.json").write_text('{"mnist.npz": ')
+
+
+def unknown_sample(folder):
+    (folder / "sha256.json").write_text("{}")
+
+
+SAMPLE_DAMAGES = [cut_sample, empty_sample, remove_sample, remove_checksums, cut_checksums, unknown_sample]
+
+
+@pytest.mark.parametrize("damage", SAMPLE_DAMAGES)
+def test_damaged_sample_is_one_line_that_says_how_to_restore_it(damage, samples):
+    damage(samples)
+    assert_restorable(samples)
+
+
+def assert_restorable(samples, *parts):
+    with pytest.raises(UserError) as error:
+        datasets.load_mnist("/nowhere", sample=True)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(samples) in message
+    for part in parts:
+        assert part in message
+    assert message.endswith("git checkout -- data/samples")
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("train_images", None),
+        ("train_images", np.zeros((300, 28, 28), np.uint8)),
+        ("train_images", np.full((300, 28, 28, 1), np.nan)),
+        ("test_labels", np.array([None] * 300)),
+        ("test_labels", np.array(3)),
+        ("test_labels", np.full(300, 10)),
+        ("test_labels", np.zeros(299, np.int64)),
+        ("class_names", None),
+        ("class_names", np.array(["0", "1"])),
+        ("class_names", np.arange(10)),
+    ],
+)
+def test_sample_with_wrong_arrays_is_refused(name, array, samples):
+    path = samples / "mnist.npz"
+    with np.load(path) as archive:
+        arrays = {each: archive[each] for each in archive if each != name}
+    if array is not None:
+        arrays[name] = array
+    np.savez(path, **arrays)
+    (samples / "sha256.json").write_text(json.dumps({"mnist.npz": datasets.sha256(path)}))
+    assert_restorable(samples, "mnist.npz is damaged")
+
+
+def test_sample_that_is_no_archive_is_refused(samples):
+    path = samples / "mnist.npz"
+    path.write_text("no archive")
+    (samples / "sha256.json").write_text(json.dumps({"mnist.npz": datasets.sha256(path)}))
+    assert_restorable(samples, "mnist.npz is damaged")
+
+
+def test_the_choice_of_samples_is_balanced_and_reproducible():
+    labels = np.random.default_rng(0).integers(0, 10, 1000)
+    chosen, again = (make_samples.balanced(labels, 50, np.random.default_rng(1)) for _ in range(2))
+    assert np.array_equal(chosen, again)
+    assert np.bincount(labels[chosen]).tolist() == [5] * 10
+    views = np.stack(np.meshgrid(*[range(n) for n in (5, 2, 9, 18, 6)], indexing="ij")).reshape(5, -1)
+    examples = datasets.StereoImages(None, *views)
+    chosen = make_samples.spread_views(examples, 60)
+    assert len(np.unique(chosen)) == 60
+    toys = views[0, chosen] * 2 + views[1, chosen]
+    assert np.bincount(toys).tolist() == [6] * 10
+    for toy in range(10):
+        assert len(np.unique(views[2, chosen][toys == toy])) == 6
+
+
+# ------------------------------------------------------------------------------------------------------- full datasets
 
 
 def test_real_smallnorb(real_data_dir):
