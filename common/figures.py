@@ -96,25 +96,26 @@ def image_grid(images, columns, titles=None, colors=None, title=None, width=10.0
 
 
 def confusion_matrix(axes, counts, class_names, title, names=("true class", "predicted class")):
-    """Draws a confusion matrix as row percentages.
+    """Draws a confusion matrix: row percentages and counts, the latter alone with more than twelve classes.
 
     Args:
         counts: int (num_classes, num_classes), row the true class, column the predicted one.
         names: what rows and columns are.
     """
-    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     display = ConfusionMatrixDisplay(shares, display_labels=class_names)
     # The square root of the scale keeps mistakes of a few per mille visible beside a diagonal near 100 %.
-    norm = matplotlib.colors.PowerNorm(0.5, 0, 100)
-    size = 8 if len(counts) <= 12 else 5.5
+    norm = matplotlib.colors.PowerNorm(0.5, 0, 1)
     display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=False, im_kw={"norm": norm})
+    few = len(counts) <= 12
     for (row, column), share in np.ndenumerate(shares):
-        if counts[row, column]:
-            text = f"{share:.1f}" if len(counts) <= 12 else f"{share:.0f}" if share >= 0.5 else "·"
-            color = "white" if share > 40 else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
-    axes.tick_params(axis="x", rotation=0 if max(map(len, map(str, class_names))) <= 3 else 30)
-    axes.set(ylabel=names[0], xlabel=f"{names[1]} (in % of each row)", title=title)
+        if few or counts[row, column]:
+            text = f"{share:.1%}\n{counts[row, column]:,}" if few else counts[row, column]
+            color = "white" if share > 0.4 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8 if few else 6, color=color)
+    short = max(len(str(name)) for name in class_names) <= 3
+    axes.set_xticks(range(len(counts)), class_names, rotation=0 if short else 30, ha="center" if short else "right")
+    axes.set(ylabel=names[0], xlabel=names[1], title=title)
     axes.grid(False)
 
 

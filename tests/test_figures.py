@@ -41,9 +41,45 @@ def test_confusion_matrix_shows_shares_and_counts():
     plt.close("all")
 
 
-def test_picture_uses_the_whole_grey_range():
+def test_confusion_matrix_of_many_classes_shows_counts_of_what_occurs():
     _, axes = plt.subplots()
-    figures.picture(axes, np.full((4, 4), 100, np.uint8), "grey")
+    figures.confusion_matrix(axes, np.eye(20, dtype=int) * 5, range(20), "title", ("true digit", "predicted digit"))
+    assert [text.get_text() for text in axes.texts] == ["5"] * 20
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true digit", "predicted digit")
+    plt.close("all")
+
+
+def test_image_grid_shows_every_image_with_its_title():
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+    figure = figures.image_grid(images, 3, list("abcde"), [figures.RED] * 5, "five")
+    panels = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in panels] == list("abcde")
+    assert panels[0].title.get_color() == figures.RED
+    assert not figure.axes[5].axison
+    plt.close("all")
+
+
+def test_experiments_show_every_seed_and_the_noise_around_the_baseline():
+    _, axes = plt.subplots()
+    figures.experiments(axes, {"baseline": [0.8, 0.9], "wider": [0.95]}, "baseline", "accuracy", noise=0.07)
+    assert [len(points.get_offsets()) for points in axes.collections] == [2, 1, 1, 1]
+    assert axes.lines[0].get_xdata()[0] == np.mean([0.8, 0.9])
+    assert len(axes.patches) == 1  # the shaded noise
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["baseline", "wider"]
+    plt.close("all")
+
+
+def test_learning_curves_label_training_and_validation_of_one_network():
+    _, axes = plt.subplots()
+    figures.learning_curves(axes, ([3.0, 2.0, 1.0], [3.0, 2.5, 2.4]), name="CNN")
+    assert [line.get_label() for line in axes.lines] == ["CNN, training", "CNN, validation"]
+    assert axes.lines[0].get_xdata().tolist() == [1, 2, 3]
+    plt.close("all")
+
+
+def test_show_image_uses_the_whole_grey_range():
+    _, axes = plt.subplots()
+    figures.show_image(axes, np.full((4, 4), 100, np.uint8), "grey")
     assert axes.images[0].get_clim() == (0, 255)
     assert axes.get_title() == "grey"
     plt.close("all")

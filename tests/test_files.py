@@ -2,12 +2,14 @@ import errno
 import hashlib
 import json
 import os
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from common.cli import UserError
-from common.files import building, replacing, sha256, write_json
+from common.errors import UserError
+from common.files import building, check_writable, read_json, remove_leftovers, replacing, sha256, write_json
 
 
 def test_replacing_keeps_suffixes_and_leaves_only_the_final_file(tmp_path):
@@ -71,13 +73,77 @@ def test_building_a_folder_replaces_it_as_a_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_building_removes_what_a_killed_process_left_long_ago(tmp_path):
-    old, young = tmp_path / ".cache.1", tmp_path / ".cache.2"
-    for left_over in (old, young):
-        left_over.mkdir()
-    two_days_ago = time.time() - 2 * 24 * 3600
-    os.utime(old, (two_days_ago, two_days_ago))
+def dead_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    left_folder, left_file = tmp_path / f".{dead_process()}.cache", tmp_path / "deep" / f".{dead_process()}.x.json"
+    kept = [tmp_path / f".{os.getpid()}.cache", tmp_path / ".hidden", tmp_path / ".5.keep.d" / "x"]
+    for folder in (left_folder, tmp_path / "deep", kept[0], tmp_path / ".5.keep.d"):
+        folder.mkdir()
+    for file in (left_file, left_folder / "half.npy", kept[1]):
+        file.touch()
+    remove_leftovers(tmp_path / "missing")
+    remove_leftovers(tmp_path)
+    assert not left_folder.exists()
+    assert not left_file.exists()
+    assert kept[0].exists()
+    assert kept[1].exists()
+
+
+def test_building_removes_what_a_killed_process_left(tmp_path):
+    left = tmp_path / f".{dead_process()}.cache"
+    left.mkdir()
     with building(tmp_path / "cache"):
         pass
-    assert not old.exists()
-    assert young.exists()
+    assert not left.exists()
+
+
+def test_the_first_error_is_reported_even_if_cleaning_up_fails_too(tmp_path, monkeypatch):
+    def write():
+        with replacing(tmp_path / "x.json") as temporary:
+            temporary.touch()
+            monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError("read-only")))
+            raise OSError(errno.EFBIG, "File too large")
+
+    with pytest.raises(UserError, match="File too large"):
+        write()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '"text"', "\x00\x01", '{"a": 1', "[" * 100_000], ids=lambda text: text[:8]
+)
+def test_json_that_is_no_object_is_a_user_error(content, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"results\.json is damaged .*; get it again") as error:
+        read_json(path, "get it again")
+    assert "\n" not in str(error.value)
+
+
+def test_json_that_is_missing_or_no_text_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="is missing; get it again"):
+        read_json(tmp_path / "none.json", "get it again")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(UserError, match="is damaged"):
+        read_json(tmp_path / "binary.json", "get it again")
+    write_json(tmp_path / "whole.json", {"accuracy": 0.5})
+    assert read_json(tmp_path / "whole.json", "") == {"accuracy": 0.5}
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write into .*file.*choose another --output-dir"):
+        check_writable(tmp_path / "file" / "below")
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left on device; free some space"):
+        check_writable(tmp_path)

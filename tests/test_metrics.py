@@ -30,7 +30,7 @@ def test_frechet_distance_of_a_stretch():
     assert metrics.frechet_distance(features, 3 * features) == pytest.approx(16)
 
 
-def test_frechet_distance_is_symmetric_and_works_with_fewer_pictures_than_features():
+def test_frechet_distance_is_symmetric_and_works_with_fewer_images_than_features():
     first, second = GENERATOR.normal(size=(10, 30)), GENERATOR.normal(size=(20, 30)) * 2
     distance = metrics.frechet_distance(first, second)
     assert distance == pytest.approx(metrics.frechet_distance(second, first))
@@ -55,3 +55,12 @@ def test_sets_that_cannot_be_compared(shapes):
     for distance in (metrics.frechet_distance, metrics.kernel_distance):
         with pytest.raises(ValueError, match="cannot be compared"):
             distance(*(np.zeros(shape) for shape in shapes))
+
+
+def test_nearest_neighbours_are_found_and_their_distance_does_not_round():
+    training_images = GENERATOR.integers(0, 256, (40, 6, 6), dtype=np.uint8)
+    images = training_images[[7, 3]].copy()
+    images[1, 0, 0] ^= 1  # one grey level off in one of 36 pixels
+    distance, index = metrics.nearest_neighbours(images, training_images)
+    assert index.tolist() == [7, 3]
+    assert distance == pytest.approx([0, (1 / 36) ** 0.5])
