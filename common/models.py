@@ -156,9 +156,7 @@ def read_card(path):
     found = read_json(path, RESTORE)
     wrong = [name for name, kind in CARD_FIELDS.items() if not isinstance(found.get(name), kind)]
     if wrong:
-        raise UserError(
-            f"{path} is not the card of a model ({', '.join(wrong)} missing or of the wrong type); {RESTORE}"
-        )
+        raise UserError(f"{path} is not the card of a model (missing or wrong: {', '.join(wrong)}); {RESTORE}")
     return found
 
 

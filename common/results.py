@@ -148,11 +148,11 @@ def read_table(path, numbers=(), texts=()):
     if not path.exists():
         return pd.DataFrame(columns=[*texts, *numbers])
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False)
         with open(path, newline="", encoding="utf-8") as file:
             lengths = {len(row) for row in csv.reader(file, strict=True)}
         if len(lengths) != 1:
-            raise ValueError("rows of different lengths")
+            raise ValueError("rows of different lengths" if lengths else "empty")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
         missing = [name for name in [*texts, *numbers] if name not in table]
         if missing:
             raise ValueError(f"no column {', '.join(missing)}")

@@ -1,6 +1,14 @@
+"""Flags, exit codes, and what a process prints when it cannot go on."""
+
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from conftest import REPOSITORY
 
 from common import cli
 
@@ -18,8 +26,10 @@ def test_parse_reads_the_shared_flags(tmp_path):
     assert arguments.command.endswith(f"--train --model small --epochs 3 --output-dir {tmp_path}")
 
 
-def test_quick_writes_into_its_own_folder():
+def test_quick_and_sample_write_into_folders_of_their_own():
     assert cli.parse(flags(), ["--load", "--quick"]).output_dir == cli.REPOSITORY / "runs" / "quick"
+    assert cli.parse(flags(), ["--load", "--sample"]).output_dir == cli.REPOSITORY / "runs" / "sample"
+    assert cli.parse(flags(), ["--train", "--quick", "--sample"]).output_dir == cli.REPOSITORY / "runs" / "quick"
     assert cli.parse(flags(), ["--load"]).output_dir == cli.REPOSITORY
 
 
@@ -35,11 +45,15 @@ def test_data_dir_comes_from_the_environment(monkeypatch, tmp_path):
         (["--train", "--load"], "not allowed with"),
         (["--load", "--modle", "small"], "unrecognized arguments: --modle"),
         (["--train", "--epoch", "3"], "unrecognized arguments: --epoch"),
-        (["--train", "--epochs", "0"], "0 is not a positive number"),
-        (["--train", "--epochs", "many"], "invalid"),
+        (["--train", "--epochs", "0"], "'0' is not a whole number from 1 to"),
+        (["--train", "--epochs", "many"], "'many' is not a whole number"),
+        (["--train", "--epochs", "1000000000"], "is not a whole number from 1 to"),
+        (["--train", "--batch-size", "1" + 5000 * "0"], "is not a whole number from 1 to"),
         (["--train", "--model", "medium"], "invalid choice: 'medium'"),
-        (["--train", "--seed", "-1"], "--seed -1 is out of range"),
+        (["--train", "--seed", "-1"], "'-1' is not a whole number from 0 to 4294967295"),
         (["--load", "--resume"], "--load never trains"),
+        (["--train", "--record"], "--record writes down what --load measures"),
+        (["--load", "--record", "--quick"], "--quick measures a few images only"),
     ],
 )
 def test_a_wrong_command_line_is_a_user_error(argv, message):
@@ -47,14 +61,42 @@ def test_a_wrong_command_line_is_a_user_error(argv, message):
         cli.parse(flags(), argv)
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "-0.1", "20.1", "much"])
+def test_real_numbers_have_a_range(text):
+    convert = cli.real_number(0, 20)
+    assert convert("1.5") == 1.5
+    with pytest.raises(cli.argparse.ArgumentTypeError, match="is not a number from 0 to 20"):
+        convert(text)
+
+
+def test_output_dir_that_cannot_be_written_is_said_before_anything_else(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(cli.UserError, match="choose another --output-dir"):
+        cli.parse(flags(), ["--train", "--output-dir", str(tmp_path / "file")])
+
+
+def test_data_dir_that_is_a_file_is_called_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(cli.UserError, match="is a file; name the folder"):
+        cli.parse(flags(), ["--train", "--data-dir", str(tmp_path / "file"), "--output-dir", str(tmp_path)])
+
+
 def test_run_prints_one_line_and_exits_with_2(capsys):
     def fail(argv):
-        raise cli.UserError("the disk is full; free some space")
+        raise cli.UserError("the disk is full;\nfree some space")
 
     with pytest.raises(SystemExit) as stop:
-        cli.run(fail)
+        cli.run(fail, [])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: the disk is full; free some space\n"
+
+
+def test_run_passes_the_exit_code_on():
+    cli.run(lambda argv: 0, [])
+    cli.run(lambda argv: None, [])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda argv: 1, [])
+    assert stop.value.code == 1
 
 
 def test_run_leaves_bugs_their_traceback():
@@ -62,7 +104,7 @@ def test_run_leaves_bugs_their_traceback():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cli.run(fail)
+        cli.run(fail, [])
 
 
 def test_interrupt_exits_with_130(capsys):
@@ -70,20 +112,78 @@ def test_interrupt_exits_with_130(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
-        cli.run(interrupt)
+        cli.run(interrupt, [])
     assert stop.value.code == 130
     assert "--resume" in capsys.readouterr().err
 
 
-def test_the_command_line_changes_a_recipe_where_it_says_so():
+def process(code, **environment):
+    code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n{code}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **environment}, text=True, **pipes)
+
+
+def test_ctrl_c_that_a_library_wraps_in_an_error_of_its_own_is_one_line():
+    code = """
+from common import cli
+def main(argv):
+    print("ready", flush=True)
+    try:
+        import time; time.sleep(60)
+    except KeyboardInterrupt as error:
+        raise RuntimeError("callback failed") from error
+cli.run(main)
+"""
+    running = process(code)
+    assert running.stdout.readline() == "ready\n"
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert errors.splitlines() == ["error: interrupted; what was saved stays, continue with --resume"]
+
+
+def test_ctrl_c_while_keras_is_imported_is_one_line():
+    running = process("print('ready', flush=True)\nfrom common import startup", KERAS_BACKEND="tensorflow")
+    assert running.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert errors.splitlines() == ["error: interrupted while starting"]
+
+
+def test_unknown_backend_is_one_line():
+    _, errors = (running := process("from common import startup", KERAS_BACKEND="theano")).communicate(timeout=60)
+    assert running.returncode == 2
+    assert errors.splitlines() == [
+        "error: the Keras backend 'theano' is not supported; set KERAS_BACKEND to tensorflow or jax"
+    ]
+
+
+def test_a_closed_pipe_ends_silently():
+    running = process("from common import cli\ncli.run(lambda argv: [print('x' * 1000) for _ in range(10000)] and 0)")
+    running.stdout.readline()
+    running.stdout.close()
+    assert running.stderr.read() == ""
+    assert running.wait() == 141
+
+
+def test_a_terminal_without_unicode_does_not_end_a_run():
+    running = process("from common import cli\ncli.run(lambda argv: print('30° ±'))", PYTHONIOENCODING="ascii")
+    output, errors = running.communicate(timeout=30)
+    assert (running.returncode, errors) == (0, "")
+    assert output == "30\\xb0 \\xb1\n"
+
+
+def test_the_command_line_changes_a_config_where_it_says_so():
     @dataclasses.dataclass(frozen=True)
-    class Recipe:
+    class Config:
         epochs: int = 7
         batch_size: int = 64
 
     def changed(*argv):
-        return cli.with_flags(Recipe(), cli.parse(cli.parser("", ["a"]), ["--train", *argv]))
+        return cli.with_flags(Config(), cli.parse(cli.parser("", ["a"]), ["--train", *argv]))
 
-    assert changed() == Recipe()
-    assert changed("--quick") == Recipe(epochs=1)
-    assert changed("--quick", "--epochs", "3", "--batch-size", "8") == Recipe(3, 8)
+    assert changed() == Config()
+    assert changed("--quick") == Config(epochs=1)
+    assert changed("--quick", "--epochs", "3", "--batch-size", "8") == Config(3, 8)
