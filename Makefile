@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN = .venv/bin
+SCRIPTS = $(patsubst %.py,%,$(wildcard *.py))
 
 .PHONY: demo test lint bench figures numbers clean
 
-demo: .venv/.run  ## restore the main model, measure it on the test pictures, draw the figures
-	$(BIN)/python task1_smallnorb_cnn.py --load
+demo: .venv/.run  ## restore every model, measure it on the samples, show the numbers and figures; needs no network
+	$(BIN)/python report/demo.py
 
 test: lint  ## lint and the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -16,16 +17,11 @@ lint: .venv/.test
 bench: .venv/.run  ## how fast --train feeds its network, beside a bare model.fit
 	$(BIN)/python tests/bench_feeding.py
 
-figures: .venv/.run  ## every figure and result again from the saved models
-	$(BIN)/python task1_smallnorb_cnn.py --load
-	$(BIN)/python task2_diffusion.py --load
-	$(BIN)/python tell_the_time.py --load
-	$(BIN)/python fashion_cifar_mlp_cnn.py --load
-	$(BIN)/python addnist_classifier.py --load
-	$(BIN)/python voc_segmentation.py --load
+figures: .venv/.run  ## every figure again from the saved models and the full datasets
+	set -e; for script in $(SCRIPTS); do $(BIN)/python $$script.py --load; done
 
-numbers: .venv/.run  ## put the numbers of report/results/*.json into README.md and the reports
-	$(BIN)/python report/numbers_in_texts.py
+numbers: .venv/.run  ## put the measured numbers into README.md, the index of the saved models and the reports
+	$(BIN)/python report/numbers_and_tables.py
 
 clean:
 	rm -rf .venv runs

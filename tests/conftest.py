@@ -1,19 +1,17 @@
-"""What several tests need: running a script, folders that look like whole datasets, and where the real ones are."""
+"""What several tests need: running a script, and where the real datasets are."""
 
 import contextlib
 import importlib
 import io
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import keras
-import numpy as np
 import pytest
 
-from common import cli, datasets
+from common import cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A test of JAX spends most of its time on compiling what then runs for a second.
@@ -58,55 +56,6 @@ def run_elsewhere(code, folder, *arguments, **environment):
         text=True,
         check=True,
     ).stdout
-
-
-@pytest.fixture(scope="session")
-def fake_data_dir(tmp_path_factory):
-    """A data folder with a full-size smallNORB cache: noise where `--quick` looks, holes in the file elsewhere."""
-    data_dir = tmp_path_factory.mktemp("data")
-    source = datasets.SOURCES["smallnorb"]
-    cache = data_dir / "cache" / "smallnorb"
-    cache.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    step = 24300 // 320  # as `--quick` takes every so many pictures, labels change only that often
-    count = np.arange(24300) // step
-    for split, toys in (("train", (4, 6, 7, 8, 9)), ("test", (0, 1, 2, 3, 5))):
-        images = np.lib.format.open_memmap(cache / f"{split}_images.npy", "w+", np.uint8, (24300, 96, 96, 2))
-        images[::step] = generator.integers(90, 256, images[::step].shape)
-        labels = {
-            "category": count % 5,
-            "instance": np.array(toys)[count // 5 % 5],
-            "elevation": count // 25 % 9,
-            "azimuth": count % 18,
-            "lighting": count % 6,
-        }
-        for name, values in labels.items():
-            np.save(cache / f"{split}_{name}.npy", values)
-    checksums = {f"{split}_{field}": "0" * 64 for split in ("train", "test") for field in source.features}
-    names = ["four-legged animals", "human figures", "airplanes", "trucks", "cars"]
-    (cache / "manifest.json").write_text(json.dumps({"class_names": names, "sha256": checksums}))
-    return data_dir
-
-
-@pytest.fixture(scope="session")
-def fake_labelled_dir(tmp_path_factory):
-    """A data folder with full-size caches of Fashion-MNIST and CIFAR-10: noise that gets brighter with the class."""
-    data_dir = tmp_path_factory.mktemp("labelled")
-    generator = np.random.default_rng(0)
-    for name in ("fashion_mnist", "cifar10"):
-        source = datasets.SOURCES[name]
-        cache = data_dir / "cache" / name
-        cache.mkdir(parents=True)
-        labels = np.arange(500) % 10
-        images = generator.integers(0, 120, (500, *source.image_shape), dtype=np.uint8)
-        images += (labels * 14).astype(np.uint8)[:, None, None, None]
-        for split, size in source.sizes.items():
-            np.save(cache / f"{split}_images.npy", np.tile(images, (size // 500, 1, 1, 1)))
-            np.save(cache / f"{split}_labels.npy", np.tile(labels, size // 500))
-        checksums = {f"{split}_{field}": "0" * 64 for split in source.sizes for field in source.features}
-        names = [f"class {number}" for number in range(10)]
-        (cache / "manifest.json").write_text(json.dumps({"class_names": names, "sha256": checksums}))
-    return data_dir
 
 
 @pytest.fixture(scope="session")

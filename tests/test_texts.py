@@ -1,4 +1,4 @@
-"""Every number in README.md and the reports is the measured one."""
+"""Every number in README.md, the index of the saved models and the reports is the measured one."""
 
 import re
 import sys
@@ -7,38 +7,46 @@ import pytest
 from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "report"))
-import numbers_in_texts as numbers
+import numbers_and_tables as numbers
+
+REPORTS = sorted((REPOSITORY / "report").glob("*.md"))
+SCRIPTS = sorted(path.stem for path in REPOSITORY.glob("*.py") if path.stem != "app")
 
 
-@pytest.mark.parametrize("path", numbers.texts(), ids=lambda path: path.name)
-def test_numbers_equal_the_results(path):
-    text = path.read_text()
-    assert numbers.MARKED.search(text), "no number of this text is tied to a result"
-    wrong = [
-        f"{found[0]} should be {numbers.fill(found[0])}"
-        for found in numbers.MARKED.finditer(text)
-        if numbers.fill(found[0]) != found[0]
-    ]
-    assert not wrong
+@pytest.mark.parametrize("path", numbers.texts(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_texts_equal_the_results(path):
+    assert path.read_text() == numbers.texts()[path], "run `make numbers`"
 
 
-def test_every_number_of_ours_in_the_results_table_is_tied_to_a_result():
-    table = numbers.MARKED.sub("", (REPOSITORY / "README.md").read_text()).split("## Results")[1].split("\n\n")[1]
-    for row in table.splitlines()[2:]:
-        cells = row.split("|")
-        ours = cells[3:6] + cells[7:9]  # all but the task, the metric, the reference and the command
-        assert not re.search(r"[02-9]", "|".join(ours)), row  # a lone 1 is the number of seeds
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.name)
+def test_reports_have_numbers_tied_to_results(path):
+    assert numbers.MARKED.search(path.read_text())
 
 
-def test_numbers_are_filled_in_and_wrong_ones_found(tmp_path, monkeypatch):
+def test_the_readme_table_has_one_row_per_script_and_no_number_of_its_own():
+    assert sorted(numbers.ROWS) == SCRIPTS
+    for _, _, ours, _ in numbers.ROWS.values():
+        assert not re.search(r"\d", numbers.NUMBER.sub("", ours))
+
+
+def test_numbers_are_filled_in_and_wrong_ones_found(monkeypatch):
     text = "is 1.00<!-- task1_smallnorb_cnn test/category_accuracy *100 .2f --> %"
     monkeypatch.setattr(numbers, "lookup", lambda file, path: {"test/category_accuracy": 0.98765}[path])
-    assert numbers.fill(text) == "is 98.77<!-- task1_smallnorb_cnn test/category_accuracy *100 .2f --> %"
-    assert numbers.fill(numbers.fill(text)) == numbers.fill(text)
+    filled = numbers.fill_reports(text)
+    assert filled == "is 98.77<!-- task1_smallnorb_cnn test/category_accuracy *100 .2f --> %"
+    assert numbers.fill_reports(filled) == filled
+
+
+def test_the_index_names_every_saved_model():
+    text = (REPOSITORY / "saved_models" / "README.md").read_text()
+    weights = [path for path in (REPOSITORY / "saved_models").glob("*/*") if path.suffix in (".keras", ".npz")]
+    assert len(weights) > 30
+    assert all(f"`{path.name}`" in text for path in weights)
 
 
 def test_linked_files_exist():
-    for path in [*numbers.texts(), REPOSITORY / "data" / "README.md"]:
+    pages = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md", "saved_models/README.md")]
+    for path in [*pages, *REPORTS]:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
