@@ -1,18 +1,20 @@
-"""Pictures of an analog clock with known times: a renderer, and a loader for the pictures of the course.
+"""Images of an analog clock with known times: a renderer, and the loader of the course's images.
 
 The clock is the one of the course "Introduction to Deep Learning": a round wall clock that lies on grey planks, seen by
-a camera from somewhere above it. `render` computes, for every pixel, where its line of sight meets the planks, the dial
-and the rim (pinhole camera, true perspective), and paints what it finds there from back to front. Everything is
-measured in radii of the dial, with the centre of the dial at the origin and the camera looking at it.
+a camera above it. `render` intersects the line of sight of every pixel with the planks, the dial and the rim (pinhole
+camera, full perspective) and composites them from back to front. All lengths are in radii of the dial; the centre of
+the dial is the origin, and the camera looks at it.
 
-`load_clocks` returns the course's own pictures where they lie in `data/clocks/`, else 18,000 rendered ones in the same
-format, which it renders once and keeps under `data/cache/`.
+`load_clocks` returns the course's images where they lie in `data/clocks/`, else 18,000 rendered ones in the same
+format, rendered once and kept in `data/cache/clocks/`.
 """
 
 import concurrent.futures
+import errno
 import functools
-import json
+import hashlib
 import os
+import shutil
 import types
 from pathlib import Path
 from typing import NamedTuple
@@ -20,21 +22,23 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from common.cli import UserError
-from common.files import building, sha256, write_json
+from common.errors import UserError
+from common.files import building, read_json, sha256, write_json
 
 MINUTES = 720  # times that a dial of twelve hours can show
-PICTURES_PER_MINUTE = 25
-SIZES = (75, 150)  # pixels, the two sizes of the course's pictures
-CHUNK = 60  # pictures rendered at once: small enough for the processor's cache
-VERSION = 1  # of the pictures; a cache of another version is rendered again
+IMAGES_PER_MINUTE = 25
+SIZES = (75, 150)  # pixels, the two sizes of the course's images
+SAMPLE_COUNT = 400
+MIN_COURSE_IMAGES = 100  # fewer cannot be split and trained on
+CHUNK = 60  # images rendered at once; another number renders other images
+VERSION = 1  # of the rendered images; a cache of another version is rendered again
 
-# Every property of a scene is drawn from a range, evenly. The ranges hold what the course's pictures show, and more.
+# Every property of a scene is uniform in a range. The ranges cover what the course's images show, and more.
 # Lengths are in radii of the dial, tones in grey levels, angles in degrees.
 RANGES = {
     "tilt": (0.0, 46.0),  # between the line of sight and the axis of the clock; 46 degrees make an axis ratio of 0.7
     "camera_distance": (2.7, 6.5),
-    "dial_share": (0.66, 1.0),  # width of the dial in widths of the picture
+    "dial_share": (0.66, 1.0),  # width of the dial as a fraction of the image's
     "dial_tone": (182.0, 240.0),
     "gradient": (-22.0, 22.0),  # change of the dial's tone from its centre to its edge
     "gradient_direction": (0.0, 360.0),
@@ -44,7 +48,7 @@ RANGES = {
     "rim_tone": (38.0, 105.0),
     "light_direction": (0.0, 360.0),
     "light_height": (35.0, 75.0),  # above the horizon
-    "shadow": (0.1, 0.6),  # share of the light that the shadow takes
+    "shadow": (0.1, 0.6),  # fraction of the light that the shadow takes
     "mark_tone": (20.0, 110.0),  # ticks and dots
     "numeral_tone": (25.0, 140.0),
     "numeral_height": (0.125, 0.18),
@@ -65,7 +69,7 @@ RANGES = {
     "wood_tone": (75.0, 150.0),
     "wood_contrast": (6.0, 30.0),
     "wood_direction": (0.0, 360.0),
-    "grain": (0.6, 2.2),  # fineness of the grain
+    "grain": (0.6, 2.2),  # frequency of the grain
     "plank_width": (0.8, 2.0),
     "plank_offset": (0.0, 1.0),
     "gap_width": (0.02, 0.075),
@@ -74,88 +78,65 @@ RANGES = {
     "glare_radius": (0.10, 0.30),
     "glint_sharpness": (40.0, 300.0),
     "glint": (0.0, 300.0),
-    "softness": (0.35, 1.5),  # width of an edge in pixels: rough below 1, smooth above
+    "softness": (0.35, 1.5),  # width of an edge in pixels: aliased below 1, smooth above
     "blur": (0.0, 0.14),  # weight of each neighbour in a row or column
-    "noise": (0.5, 4.5),
+    "noise": (0.5, 4.5),  # standard deviation
     "contrast": (0.82, 1.12),
     "brightness": (-14.0, 14.0),
 }
-SHARE_WITH_GLARE = 0.55
-SHARE_WITH_ANY_ROLL = 0.2  # the others hold the camera nearly level, as in the course's pictures
-SHARE_ROUGH = 0.3  # of the pictures at 75 pixels: one sample a pixel; the others average four pixels of the large one
-SHARE_ENLARGED = 0.2  # of the pictures at 150 pixels: the one at 75, enlarged
+P_GLARE = 0.55
+P_ANY_ROLL = 0.2  # otherwise the camera is held nearly level, as in the course's images
+P_ALIASED = 0.3  # at 75 pixels: one sample per pixel; otherwise the average of 2 x 2 pixels of the image at 150
+P_UPSAMPLED = 0.2  # at 150 pixels: the image at 75, upsampled
 
 
 class ClockImages(NamedTuple):
-    """Pictures of clocks.
-
-    Attributes:
-        images: uint8 (n, size, size), 0 to 255.
-        labels: int64 (n, 2), hour 0 to 11 and minute 0 to 59.
-        source: "course" or "rendered".
-        checksum: str, SHA-256 of the file with the pictures.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    source: str
-    checksum: str
+    images: np.ndarray  # uint8 (n, size, size)
+    labels: np.ndarray  # int64 (n, 2), hour 0 to 11 and minute 0 to 59, sorted by time where they are rendered
+    source: str  # "course" or "rendered"
+    checksum: str  # SHA-256 of the file of images; of the array of images where a few were rendered
 
 
 # --------------------------------------------------------------------------------------------------------------- scenes
 
 
 def hand_angles(hour, minute):
-    """Where the hands of a clock point; the hour hand moves on continuously.
-
-    Args:
-        hour: array of integers, 0 to 11.
-        minute: array of numbers, 0 to below 60.
-
-    Returns:
-        Two float arrays: the angles of hour and minute hand in radians, clockwise from 12.
-    """
+    """Returns the angles of hour and minute hand in radians, clockwise from 12; the hour hand moves continuously."""
     minute = np.asarray(minute, float)
     return 2 * np.pi * (np.asarray(hour) + minute / 60) / 12, 2 * np.pi * minute / 60
 
 
 def sample_scenes(labels, generator):
-    """Draws one scene for each time.
+    """Samples one scene per label, (n, 2), from a `numpy.random.Generator`.
 
-    Args:
-        labels: integers (n, 2), hour and minute.
-        generator: `numpy.random.Generator`.
-
-    Returns:
-        Namespace of float32 arrays (n, 1, 1), one for each name in `RANGES` and some more, angles in radians.
+    Returns a namespace with a float32 array (n, 1, 1) per name in `RANGES`, angles in radians, and what is not uniform.
     """
     count = len(labels)
     values = {name: generator.uniform(low, high, count) for name, (low, high) in RANGES.items()}
     for name in ("tilt", "gradient_direction", "light_direction", "light_height", "wood_direction", "glare_direction"):
         values[name] = np.radians(values[name])
     values["turn"] = generator.uniform(0, 2 * np.pi, count)  # of the clock on the planks
-    any_roll = generator.random(count) < SHARE_WITH_ANY_ROLL
+    any_roll = generator.random(count) < P_ANY_ROLL
     level_roll = generator.normal(0, np.radians(9), count)
     values["roll"] = np.where(any_roll, generator.uniform(-np.pi, np.pi, count), level_roll)
-    values["glare"] = np.where(generator.random(count) < SHARE_WITH_GLARE, generator.uniform(20, 330, count), 0)
-    for name in ("offset_right", "offset_up"):  # of the dial's centre, in halves of the picture
+    values["glare"] = np.where(generator.random(count) < P_GLARE, generator.uniform(20, 330, count), 0)
+    for name in ("offset_right", "offset_up"):  # of the dial's centre, in halves of the image
         values[name] = np.clip(generator.normal(0, 0.045, count), -0.1, 0.1)
-    hour, minute = hand_angles(labels[:, 0], labels[:, 1])
-    scene = {name: value.astype("float32")[:, None, None] for name, value in values.items()}
-    scene["hour_angle"], scene["minute_angle"] = (angle.astype("float32")[:, None, None] for angle in (hour, minute))
-    scene["font"] = generator.integers(len(numeral_atlas()), size=(count, 1, 1))
-    scene["texture"] = generator.integers(len(wood_textures()), size=(count, 1, 1))
-    scene["plank_tones"] = generator.normal(0, 9, (count, 8)).astype("float32")
-    scene["rough"] = generator.random(count) < SHARE_ROUGH
-    scene["enlarged"] = generator.random(count) < SHARE_ENLARGED
-    scene["noise_seed"] = int(generator.integers(2**31))
-    return types.SimpleNamespace(**scene)
+    values["hour_angle"], values["minute_angle"] = hand_angles(labels[:, 0], labels[:, 1])
+    scene = types.SimpleNamespace(**{name: array.astype("float32")[:, None, None] for name, array in values.items()})
+    scene.font = generator.integers(len(numeral_atlas()), size=(count, 1, 1))
+    scene.texture = generator.integers(len(wood_textures()), size=(count, 1, 1))
+    scene.plank_tones = generator.normal(0, 9, (count, 8)).astype("float32")
+    scene.aliased = generator.random(count) < P_ALIASED
+    scene.upsampled = generator.random(count) < P_UPSAMPLED
+    scene.noise_seed = int(generator.integers(2**31))
+    return scene
 
 
 # ------------------------------------------------------------------------------------------------- numerals and planks
 
-# A font of our own: digits of plain strokes in a box 6 wide and 10 high, y downwards. "line" joins points; "arc" takes
-# a box and two angles in degrees, clockwise from 3 o'clock. The 1 is a bare stroke, as on the course's clock.
+# A stroke font: digits in a box 6 wide and 10 high, y downwards. "line" joins points; "arc" takes a box and two angles
+# in degrees, clockwise from 3 o'clock. The 1 is a bare stroke, as on the course's clock.
 STROKES = {
     "0": [("arc", (0, 0, 6, 10), 0, 360)],
     "1": [("line", (3, 0), (3, 10))],
@@ -168,82 +149,78 @@ STROKES = {
     "8": [("arc", (0.5, 0, 5.5, 4.7), 0, 360), ("arc", (0, 4.7, 6, 10), 0, 360)],
     "9": [("arc", (0, 0, 6, 6.2), 0, 360), ("line", (5.8, 3.8), (1.8, 10))],
 }
-GLYPH_SIDE = 64  # pixels of a numeral's cell, which is two numeral heights wide and high
+GLYPH_SIZE = 64  # pixels of a numeral's cell, which is two numeral heights wide and high
 
 
 def _draw_strokes(text, thickness):
-    """Draws `text` in our own font, in the middle of a cell. Returns a PIL picture, white on black."""
-    enlarge = 4  # drawn large, then shrunk, for smooth edges
-    side = GLYPH_SIDE * enlarge
-    unit = side / 20  # the cell is two numeral heights high
-    widths = [2.0 if digit == "1" else 6.0 for digit in text]
-    pen = -(sum(widths) + 2.4 * (len(text) - 1)) / 2
-    picture = Image.new("L", (side, side))
-    draw = ImageDraw.Draw(picture)
+    """A cell with `text` in the stroke font, white on black."""
+    size = 4 * GLYPH_SIZE  # downsampled at the end, for smooth edges
+    unit = size / 20
+    advances = [2.0 if digit == "1" else 6.0 for digit in text]
+    left = -(sum(advances) + 2.4 * (len(text) - 1)) / 2
+    cell = Image.new("L", (size, size))
+    draw = ImageDraw.Draw(cell)
     width = round(thickness * unit)
-    for digit, digit_width in zip(text, widths, strict=True):
-        left = pen - (2.0 if digit == "1" else 0.0)
-
-        def place(x, y, left=left):
-            return side / 2 + (left + x) * unit, side / 2 + (y - 5) * unit
-
-        for kind, *points in STROKES[digit]:
+    for digit, advance in zip(text, advances, strict=True):
+        origin = left - (2.0 if digit == "1" else 0.0)
+        for kind, *shape in STROKES[digit]:
+            points = shape if kind == "line" else (shape[0][:2], shape[0][2:])
+            points = [(size / 2 + (origin + x) * unit, size / 2 + (y - 5) * unit) for x, y in points]
             if kind == "line":
-                draw.line([place(*point) for point in points], 255, width, joint="curve")
+                draw.line(points, 255, width, joint="curve")
             else:
-                (x0, y0, x1, y1), start, end = points
-                draw.arc([place(x0, y0), place(x1, y1)], start, end, 255, width)
-        pen += digit_width + 2.4
-    return picture.resize((GLYPH_SIDE, GLYPH_SIDE), Image.Resampling.LANCZOS)
+                draw.arc(points, *shape[1:], 255, width)
+        left += advance + 2.4
+    return cell.resize((GLYPH_SIZE, GLYPH_SIZE), Image.Resampling.LANCZOS)
 
 
 def _draw_text(text, font):
-    """Draws `text` in a PIL font whose digits are half a cell high. Returns a PIL picture, white on black."""
-    picture = Image.new("L", (GLYPH_SIDE, GLYPH_SIDE))
+    """A cell with `text` in a PIL font, white on black."""
+    cell = Image.new("L", (GLYPH_SIZE, GLYPH_SIZE))
     left, top, right, bottom = font.getbbox(text)
-    corner = (GLYPH_SIDE - left - right) / 2, (GLYPH_SIDE - top - bottom) / 2
-    ImageDraw.Draw(picture).text(corner, text, 255, font)
-    return picture
+    corner = (GLYPH_SIZE - left - right) / 2, (GLYPH_SIZE - top - bottom) / 2
+    ImageDraw.Draw(cell).text(corner, text, 255, font)
+    return cell
 
 
 def _font(open_font):
     """Opens a font at the size that makes its digits half a cell high."""
     _, top, _, bottom = open_font(100).getbbox("8")
-    return open_font(round(100 * GLYPH_SIDE / 2 / (bottom - top)))
+    return open_font(round(100 * GLYPH_SIZE / 2 / (bottom - top)))
 
 
 @functools.cache
 def numeral_atlas():
-    """The numerals 1 to 12 in every style: float32 (styles, 12, 64, 64), 0 to 1; numeral 12 comes first.
+    """The numerals 12, 1, ..., 11 in every style: float32 (styles, 12, 64, 64), 0 to 1.
 
-    Our own strokes in three weights, the fonts that come with matplotlib and Pillow, each sharp and slightly soft.
+    The stroke font in three weights and fonts that come with matplotlib and Pillow, each sharp and slightly blurred.
     """
     from matplotlib import font_manager
 
-    styles = [functools.partial(_draw_strokes, thickness=thickness) for thickness in (1.0, 1.35, 1.8)]
     folder = Path(font_manager.findfont("DejaVu Sans")).parent
-    for name in ("DejaVuSans.ttf", "cmss10.ttf"):
-        styles.append(functools.partial(_draw_text, font=_font(functools.partial(ImageFont.truetype, folder / name))))
-    styles.append(functools.partial(_draw_text, font=_font(ImageFont.load_default)))
-    numerals = [str(number or 12) for number in range(12)]
-    cells = []
-    for style in styles:
-        pictures = [style(text) for text in numerals]
-        for radius in (0.6, 1.8):
-            cells.append([np.asarray(picture.filter(ImageFilter.GaussianBlur(radius))) for picture in pictures])
-    return np.array(cells, "float32") / 255
+    fonts = [_font(functools.partial(ImageFont.truetype, folder / name)) for name in ("DejaVuSans.ttf", "cmss10.ttf")]
+    fonts.append(_font(ImageFont.load_default))
+    numerals = ["12", *map(str, range(1, 12))]
+    styles = [[_draw_strokes(text, thickness) for text in numerals] for thickness in (1.0, 1.35, 1.8)]
+    styles += [[_draw_text(text, font) for text in numerals] for font in fonts]
+    atlas = [
+        [np.asarray(cell.filter(ImageFilter.GaussianBlur(radius))) for cell in cells]
+        for cells in styles
+        for radius in (0.6, 1.8)
+    ]
+    return np.array(atlas, "float32") / 255
 
 
 @functools.cache
 def wood_textures():
-    """Grain of planks that repeats itself seamlessly: float32 (6, 512, 512), mean 0, deviation 1, along the columns."""
+    """Periodic wood grain along the columns: float32 (6, 512, 512), mean 0, standard deviation 1."""
     generator = np.random.default_rng(20241001)
     frequency = np.fft.fftfreq(512) * 512
     along, across = frequency[None, :], frequency[:, None]
     textures = []
     for _ in range(6):
         texture = np.zeros((512, 512))
-        # Broad bands, the grain proper, and fine streaks: noise that varies slowly along and quickly across the plank.
+        # Broad bands, the grain proper and fine streaks: noise that varies slowly along and quickly across the plank.
         for weight, length, breadth in ((0.7, 3.0, 16.0), (1.0, 7.0, 70.0), (0.8, 24.0, 200.0)):
             noise = np.fft.fft2(generator.normal(size=(512, 512)))
             band = np.fft.ifft2(noise * np.exp(-np.square(along / length) - np.square(across / breadth))).real
@@ -255,28 +232,29 @@ def wood_textures():
 # ------------------------------------------------------------------------------------------------------------- renderer
 
 
-def _covered(distance, edge):
-    """Share of a pixel that lies inside an outline: `distance` outside of it, `edge` the width of the soft edge."""
+def _coverage(distance, edge):
+    """Fraction of a pixel inside an outline, from its signed distance (negative inside) and the width of the edge."""
     return np.clip(0.5 - distance / edge, 0, 1)
 
 
-def _over(picture, tone, share):
-    """Paints `tone` over `picture` where `share` (0 to 1) says."""
-    return picture + share * (tone - picture)
+def _over(image, tone, alpha):
+    return image + alpha * (tone - image)
+
+
+def _rotate(x, y, angle):
+    cosine, sine = np.cos(angle), np.sin(angle)
+    return x * cosine + y * sine, y * cosine - x * sine
 
 
 def lines_of_sight(scene, size):
-    """Directions in which the pixels look.
+    """Returns a function from a height above the dial to the points where the lines of sight meet that plane.
 
-    Returns:
-        Function from a height above the dial, (n, 1, 1) or float, to the coordinates (x, y) where the lines of sight
-        meet the plane at that height: two float32 arrays (n, size, size). x points right and y away from the camera.
+    The points are two float32 arrays (n, size, size): x to the right and y away from the camera.
     """
     centers = ((np.arange(size, dtype="float32") + 0.5) * 2 / size - 1)[None]
     right = centers[:, None, :] - scene.offset_right
     up = -centers[:, :, None] - scene.offset_up
-    cosine, sine = np.cos(scene.roll), np.sin(scene.roll)
-    right, up = right * cosine + up * sine, up * cosine - right * sine
+    right, up = _rotate(right, up, scene.roll)
     focal_length = scene.dial_share * scene.camera_distance
     cosine, sine = np.cos(scene.tilt), np.sin(scene.tilt)
     away = up * cosine + focal_length * sine
@@ -290,14 +268,13 @@ def lines_of_sight(scene, size):
 
 
 def _planks(scene, x, y):
-    """Tone of the planks at table coordinates (x, y)."""
-    cosine, sine = np.cos(scene.wood_direction), np.sin(scene.wood_direction)
-    along, across = x * cosine + y * sine, y * cosine - x * sine
+    """Tone of the planks."""
+    along, across = _rotate(x, y, scene.wood_direction)
     position = across / scene.plank_width + scene.plank_offset
     plank = np.floor(position)
     number = plank.astype(int) % 8
     tone = scene.wood_tone + scene.plank_tones[np.arange(len(number))[:, None, None], number]
-    # Each plank shows another stretch of the texture. Reading the nearest pixel makes the grain rough, as it should be.
+    # Each plank shows another part of the texture. Nearest-neighbour sampling keeps the grain rough.
     column = (along * scene.grain * 60 + plank * 137).astype(int) % 512
     row = (across * scene.grain * 90 + plank * 61).astype(int) % 512
     tone = tone + scene.wood_contrast * wood_textures()[scene.texture, row, column]
@@ -305,291 +282,284 @@ def _planks(scene, x, y):
     return tone * (1 - 0.75 * np.clip(1.5 - 2 * to_gap / scene.gap_width, 0, 1))
 
 
-def _rim(scene, picture, meet, light, halfway, edge, heights):
-    """Paints the rim, a ring with a rounded profile, as a stack of flat rings from the lowest of `heights` up."""
+def _rim(scene, image, meet, light, halfway, edge, levels):
+    """Composites the rim, a ring with a rounded profile, as flat rings at `levels` from -1 (the planks) to 1."""
     middle, half_height = (scene.rim_top - scene.rim_bottom) / 2, (scene.rim_top + scene.rim_bottom) / 2
     half_width = scene.rim_width / 2
     center = 1 + half_width
-    for share in heights:  # from -1, the planks, to 1, the top of the rim
-        x, y = meet(middle + share * half_height)
+    for level in levels:
+        x, y = meet(middle + level * half_height)
         radius = np.sqrt(x * x + y * y)
-        bulge = half_width * np.sqrt(1 - share * share)
-        distance = np.abs(radius - center) - np.maximum(bulge, 0.25 * half_width)
-        if share < 0:  # below its middle only the outside of the rim can be seen
+        bulge = half_width * np.sqrt(1 - level * level)
+        if level < 0:  # below its middle only the outside of the rim is visible
             distance = radius - center - bulge
-            sideways, upwards = np.sqrt(1 - share * share), share
+            outwards, upwards = np.sqrt(1 - level * level), level
         else:
-            sideways = np.clip((radius - center) / half_width, -1, 1)
-            upwards = np.sqrt(1 - sideways * sideways)
-        scale = sideways / np.maximum(radius, 1e-3)
-
-        def facing(direction, x=x, y=y, scale=scale, upwards=upwards):
-            return np.clip(scale * (x * direction[0] + y * direction[1]) + upwards * direction[2], 0, 1)
-
-        tone = scene.rim_tone * (0.55 + 0.65 * facing(light))
-        tone = tone + scene.glint * facing(halfway) ** scene.glint_sharpness
-        picture = _over(picture, tone, _covered(distance, edge))
-    return picture
+            distance = np.abs(radius - center) - np.maximum(bulge, 0.25 * half_width)
+            outwards = np.clip((radius - center) / half_width, -1, 1)
+            upwards = np.sqrt(1 - outwards * outwards)
+        scale = outwards / np.maximum(radius, 1e-3)
+        diffuse, specular = (
+            np.clip(scale * (x * right + y * away) + upwards * up, 0, 1) for right, away, up in (light, halfway)
+        )
+        tone = scene.rim_tone * (0.55 + 0.65 * diffuse)
+        tone = tone + scene.glint * specular**scene.glint_sharpness
+        image = _over(image, tone, _coverage(distance, edge))
+    return image
 
 
 def _dial(scene, x, y, radius, edge):
-    """Tone of the dial with its numerals, ticks and dots at dial coordinates (x, y), y towards 12."""
-    tone = scene.dial_tone
+    """Tone of the dial with numerals, ticks and dots; y points to 12."""
     angle = np.arctan2(x, y)
     hour = np.rint(angle * (6 / np.pi))
     minute = np.rint(angle * (30 / np.pi))
-    # Ticks: how far from the ray through the nearest hour, and between which radii.
-    aside = np.abs(np.sin(angle - hour * (np.pi / 6))) * radius - scene.tick_width / 2
-    lengthwise = np.abs(radius - scene.tick_start - scene.tick_length / 2) - scene.tick_length / 2
-    marks = _covered(np.maximum(aside, lengthwise), edge)
-    # Dots: how far from the nearest minute on their circle.
-    from_dot = np.sqrt(
-        np.square(radius - scene.tick_start - scene.tick_length / 2)
-        + np.square(np.sin(angle - minute * (np.pi / 30)) * radius)
-    )
-    # A dot smaller than a pixel fades instead of vanishing.
-    dot = _covered(from_dot - scene.dot_radius, edge) * np.minimum(2 * scene.dot_radius / edge + 0.35, 1)
-    marks = np.maximum(marks, dot)
-    # Numerals: where in the cell of the nearest hour.
-    center = hour * (np.pi / 6)
-    column = (x - scene.numeral_radius * np.sin(center)) / scene.numeral_height
-    row = -(y - scene.numeral_radius * np.cos(center)) / scene.numeral_height
+    hour_angle = hour * (np.pi / 6)
+    # Ticks: the distance from the ray through the nearest hour and from the ring of the ticks.
+    from_ring = radius - scene.tick_start - scene.tick_length / 2
+    across = np.abs(np.sin(angle - hour_angle)) * radius - scene.tick_width / 2
+    marks = _coverage(np.maximum(across, np.abs(from_ring) - scene.tick_length / 2), edge)
+    # Dots: the distance from the nearest minute on that ring. A dot smaller than a pixel fades instead of vanishing.
+    from_dot = np.sqrt(np.square(from_ring) + np.square(np.sin(angle - minute * (np.pi / 30)) * radius))
+    dots = _coverage(from_dot - scene.dot_radius, edge) * np.minimum(2 * scene.dot_radius / edge + 0.35, 1)
+    marks = np.maximum(marks, dots)
+    # Numerals: the position in the cell of the nearest hour.
+    column = (x - scene.numeral_radius * np.sin(hour_angle)) / scene.numeral_height
+    row = -(y - scene.numeral_radius * np.cos(hour_angle)) / scene.numeral_height
     inside = np.maximum(np.abs(column), np.abs(row)) < 0.99
-    column = np.where(inside, (column + 1) * (GLYPH_SIDE / 2), 0).astype(int)
-    row = np.where(inside, (row + 1) * (GLYPH_SIDE / 2), 0).astype(int)
+    column, row = (np.where(inside, (part + 1) * (GLYPH_SIZE / 2), 0).astype(int) for part in (column, row))
     numerals = numeral_atlas()[scene.font, hour.astype(int) % 12, row, column] * inside
-    return _over(_over(tone, scene.mark_tone, marks), scene.numeral_tone, numerals)
-
-
-def _hand_distance(x, y, angle, length, tail, width):
-    """How far (x, y) lies outside of a bar that points to `angle` from the centre."""
-    cosine, sine = np.cos(angle), np.sin(angle)
-    forward, aside = x * sine + y * cosine, x * cosine - y * sine
-    return np.maximum(np.abs(forward - (length - tail) / 2) - (length + tail) / 2, np.abs(aside) - width / 2)
+    return _over(_over(scene.dial_tone, scene.mark_tone, marks), scene.numeral_tone, numerals)
 
 
 def _hands(scene, x, y, edge):
-    """Share of each pixel that the hands and the hub cover at dial coordinates (x, y)."""
-    hour = _hand_distance(x, y, scene.hour_angle, scene.hour_length, scene.tail, scene.hour_width)
-    minute = _hand_distance(x, y, scene.minute_angle, scene.minute_length, scene.tail, scene.minute_width)
+    """Coverage by the hands and the hub; y points to 12."""
+
+    def hand(angle, length, width):
+        forward, across = _rotate(y, x, angle)
+        return np.maximum(
+            np.abs(forward - (length - scene.tail) / 2) - (length + scene.tail) / 2, np.abs(across) - width / 2
+        )
+
+    hour = hand(scene.hour_angle, scene.hour_length, scene.hour_width)
+    minute = hand(scene.minute_angle, scene.minute_length, scene.minute_width)
     hub = np.sqrt(x * x + y * y) - scene.hub_radius
-    return _covered(np.minimum(np.minimum(hour, minute), hub), edge)
+    return _coverage(np.minimum(np.minimum(hour, minute), hub), edge)
 
 
 def render(scene, size):
-    """Takes the pictures of the clocks.
-
-    Args:
-        scene: what `sample_scenes` returned.
-        size: int, side of the pictures in pixels.
-
-    Returns:
-        uint8 (n, size, size).
-    """
+    """Renders the scenes of `sample_scenes`: uint8 (n, size, size)."""
     meet = lines_of_sight(scene, size)
     edge = scene.softness * 2 / (size * scene.dial_share)
-    sideways = np.cos(scene.light_height)
-    light = (
-        sideways * np.cos(scene.light_direction),
-        sideways * np.sin(scene.light_direction),
-        np.sin(scene.light_height),
-    )
+    cosine = np.cos(scene.light_height)
+    light = cosine * np.cos(scene.light_direction), cosine * np.sin(scene.light_direction), np.sin(scene.light_height)
     # Halfway between the directions to light and camera: where the rim faces it, it glints (Blinn 1977).
     halfway = light[0], light[1] - np.sin(scene.tilt), light[2] + np.cos(scene.tilt)
     length = np.sqrt(sum(np.square(part) for part in halfway))
     halfway = tuple(part / length for part in halfway)
 
+    def shadow_of(x, y, height):
+        return x + height * light[0] / light[2], y + height * light[1] / light[2]
+
     x, y = meet(-scene.rim_bottom)
-    picture = _planks(scene, x, y)
-    height = scene.rim_top + scene.rim_bottom
-    aside = [height * part / light[2] for part in light[:2]]
-    from_shadow = np.hypot(x + aside[0], y + aside[1]) - (1 + scene.rim_width)
-    picture = picture * (1 - scene.shadow * _covered(from_shadow, 0.2))
-    picture = _rim(scene, picture, meet, light, halfway, edge, (-0.95, -0.6, -0.2))
+    image = _planks(scene, x, y)
+    from_shadow = np.hypot(*shadow_of(x, y, scene.rim_top + scene.rim_bottom)) - (1 + scene.rim_width)
+    image = image * (1 - scene.shadow * _coverage(from_shadow, 0.2))
+    image = _rim(scene, image, meet, light, halfway, edge, (-0.95, -0.6, -0.2))
 
     x, y = meet(0.0)
     radius = np.sqrt(x * x + y * y)
-    cosine, sine = np.cos(scene.turn), np.sin(scene.turn)
-    dial = _dial(scene, x * cosine + y * sine, y * cosine - x * sine, radius, edge)
-    dial = dial + scene.gradient * (x * np.cos(scene.gradient_direction) + y * np.sin(scene.gradient_direction))
-    rim_shadow = np.hypot(x + scene.rim_top * light[0], y + scene.rim_top * light[1]) - 1
-    dial = dial * (1 - 0.5 * scene.shadow * _covered(rim_shadow, 0.08))
-    cast = [0.05 * part / light[2] for part in light[:2]]
-    shadow_x, shadow_y = x + cast[0], y + cast[1]
-    hand_shadow = _hands(scene, shadow_x * cosine + shadow_y * sine, shadow_y * cosine - shadow_x * sine, 3 * edge)
+    dial = _dial(scene, *_rotate(x, y, scene.turn), radius, edge)
+    dial = dial + scene.gradient * _rotate(x, y, scene.gradient_direction)[0]
+    from_rim_shadow = np.hypot(x + scene.rim_top * light[0], y + scene.rim_top * light[1]) - 1
+    dial = dial * (1 - 0.5 * scene.shadow * _coverage(from_rim_shadow, 0.08))
+    hand_shadow = _hands(scene, *_rotate(*shadow_of(x, y, 0.05), scene.turn), 3 * edge)
     dial = dial * (1 - scene.hand_shadow * hand_shadow)
     glare_x = x - scene.glare_distance * np.cos(scene.glare_direction)
     glare_y = y - scene.glare_distance * np.sin(scene.glare_direction)
     squared = (np.square(glare_x) + np.square(glare_y)) / np.square(scene.glare_radius)
     glare = scene.glare * (0.7 * np.exp(-squared) + 0.3 / (1 + squared))
-    picture = _over(picture, dial, _covered(radius - 1 - scene.rim_width / 2, edge))
+    image = _over(image, dial, _coverage(radius - 1 - scene.rim_width / 2, edge))
 
     x, y = meet(scene.hand_height)
-    hands = _hands(scene, x * cosine + y * sine, y * cosine - x * sine, edge)
-    picture = _over(picture, scene.hand_tone, hands) + glare * np.where(radius < 1, 1, 0.35)
-    picture = _rim(scene, picture, meet, light, halfway, edge, (0.1, 0.35, 0.6, 0.8, 0.95))
+    image = _over(image, scene.hand_tone, _hands(scene, *_rotate(x, y, scene.turn), edge))
+    image = image + glare * np.where(radius < 1, 1, 0.35)
+    image = _rim(scene, image, meet, light, halfway, edge, (0.1, 0.35, 0.6, 0.8, 0.95))
 
-    picture = (picture - 128) * scene.contrast + 128 + scene.brightness
-    picture = _blur(np.clip(picture, 0, 255), scene.blur)
-    noise = np.random.default_rng([scene.noise_seed, size]).standard_normal(picture.shape, "float32")
-    return np.clip(np.rint(picture + scene.noise * noise), 0, 255).astype("uint8")
-
-
-def _blur(picture, weight):
-    """Mixes each pixel with its four neighbours, rows first, then columns; each gets `weight`."""
-    for axis in (1, 2):
-        padded = np.pad(picture, [(0, 0), *((1, 1) if i == axis else (0, 0) for i in (1, 2))], mode="edge")
-        before, after = (np.take(padded, range(i, i + picture.shape[axis]), axis) for i in (0, 2))
-        picture = picture + weight * (before + after - 2 * picture)
-    return picture
+    image = (image - 128) * scene.contrast + 128 + scene.brightness
+    image = _blur(np.clip(image, 0, 255), scene.blur)
+    noise = np.random.default_rng([scene.noise_seed, size]).standard_normal(image.shape, "float32")
+    return np.clip(np.rint(image + scene.noise * noise), 0, 255).astype("uint8")
 
 
-def _enlarge(images, size):
-    """Enlarges uint8 (n, side, side) to `size`, every second picture smoothly and the others by repeating pixels."""
+def _blur(image, weight):
+    """Separable blur over rows, then columns: each neighbour gets `weight`."""
+    padded = np.pad(image, ((0, 0), (1, 1), (0, 0)), "edge")
+    image = image + weight * (padded[:, :-2] + padded[:, 2:] - 2 * image)
+    padded = np.pad(image, ((0, 0), (0, 0), (1, 1)), "edge")
+    return image + weight * (padded[:, :, :-2] + padded[:, :, 2:] - 2 * image)
+
+
+def _upsample(images, size):
+    """Upsamples uint8 (n, side, side) to (n, size, size), alternately bilinearly and by repeating pixels."""
     filters = (Image.Resampling.BILINEAR, Image.Resampling.NEAREST)
-    pictures = [Image.fromarray(image).resize((size, size), filters[i % 2]) for i, image in enumerate(images)]
-    return np.array(pictures, "uint8").reshape(-1, size, size)
+    upsampled = [Image.fromarray(image).resize((size, size), filters[i % 2]) for i, image in enumerate(images)]
+    return np.array(upsampled, "uint8").reshape(-1, size, size)
 
 
-def _averaged(images, size):
-    """Shrinks uint8 (n, 2 size, 2 size) to (n, size, size), each pixel the mean of four."""
+def _downsample(images, size):
+    """Averages 2 x 2 pixels of uint8 (n, 2 size, 2 size)."""
     return images.reshape(len(images), size, 2, size, 2).mean((2, 4), dtype="float32").round().astype("uint8")
 
 
 def render_times(labels, seed):
-    """Renders one scene for each time, at both sizes, reproducibly.
+    """Renders one scene per label, (n, 2), reproducibly; `seed` is an int or a sequence of int.
 
-    Args:
-        labels: integers (n, 2), hour and minute.
-        seed: int or sequence of int.
-
-    Returns:
-        dict from 75 and 150 to the pictures at that size, uint8 (n, size, size).
+    Returns a dict from each of `SIZES` to the images of that size, uint8 (n, size, size).
     """
     small_size, large_size = SIZES
     scene = sample_scenes(np.asarray(labels), np.random.default_rng(seed))
     large = render(scene, large_size)
-    small = np.where(scene.rough[:, None, None], render(scene, small_size), _averaged(large, small_size))
-    large[scene.enlarged] = _enlarge(small[scene.enlarged], large_size)
+    small = np.where(scene.aliased[:, None, None], render(scene, small_size), _downsample(large, small_size))
+    large[scene.upsampled] = _upsample(small[scene.upsampled], large_size)
     return {small_size: small, large_size: large}
 
 
-def all_labels():
-    """Labels of the whole set in its order: int64 (18000, 2), 25 times each minute from 0:00 to 11:59."""
-    minutes = np.repeat(np.arange(MINUTES), PICTURES_PER_MINUTE)
-    return np.stack([minutes // 60, minutes % 60], axis=1)
+def _render_chunks(labels, first_seed):
+    """Renders `labels` on all cores and yields what `render_times` returns for each `CHUNK` of them, in order."""
+    starts = range(0, len(labels), CHUNK)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            yield from pool.map(
+                lambda start: render_times(labels[start : start + CHUNK], [VERSION, first_seed + start]), starts
+            )
+        finally:  # Ctrl-C waits for the chunks at work only
+            pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_clocks(data_dir, size, count=None):
-    """Loads the course's pictures, or rendered ones where those are absent.
+def all_labels():
+    """Labels of the full set in its order: int64 (18000, 2), each minute from 0:00 to 11:59 25 times."""
+    minutes = np.repeat(np.arange(MINUTES), IMAGES_PER_MINUTE)
+    return np.stack([minutes // 60, minutes % 60], axis=1)
 
-    Args:
-        data_dir: `pathlib.Path`. `data_dir/clocks/images.npy` and `labels.npy`, where they exist, are the course's.
-        size: int, 75 or 150. Course pictures of 150 pixels are averaged to 75; those of 75 cannot be had at 150.
-        count: int, for about so many pictures, spread evenly over the dial, or None for all. Where nothing has been
-            rendered yet, no more than these are.
 
-    Returns:
-        `ClockImages`, sorted by time; memory-mapped where it is the whole set.
+def load_clocks(data_dir, size, count=None, sample=False):
+    """Loads the course's images from `data_dir/clocks/`, or rendered ones where those are absent, as `ClockImages`.
 
-    Raises:
-        UserError: where the course's files are damaged or do not fit together, or the disk is full.
+    `size` is 75 or 150; the course's images of 150 pixels are averaged to 75. With `count`, at most so many images,
+    evenly spread over the dial, are taken of the course's or rendered without a cache. With `sample`, `SAMPLE_COUNT`
+    images (or `count`) are rendered, whatever `data_dir` holds. Images rendered without a cache show other scenes than
+    the 18,000 of the full set. Raises `UserError` where the course's files are damaged or the cache cannot be written.
     """
-    data_dir = Path(data_dir)
-    if any((data_dir / "clocks" / name).exists() for name in ("images.npy", "labels.npy")):
-        pictures = _load_course(data_dir / "clocks", size)
-    else:
-        folder = data_dir / "cache" / "clocks"
-        pictures = _open_cache(folder, size)
-        if pictures is None and count:
-            labels = all_labels()[:: MINUTES * PICTURES_PER_MINUTE // count]
-            return ClockImages(render_times(labels, VERSION)[size], labels, "rendered", f"{len(labels)} pictures only")
-        if pictures is None:
-            _render_all(folder)
-            pictures = _open_cache(folder, size)
-    if count:
-        step = max(len(pictures.images) // count, 1)
-        pictures = pictures._replace(images=pictures.images[::step], labels=pictures.labels[::step])
-    return pictures
+    course, cache = Path(data_dir) / "clocks", Path(data_dir) / "cache" / "clocks"
+    if not sample and any(os.path.lexists(course / name) for name in ("images.npy", "labels.npy")):
+        loaded = _load_course(course, size)
+        return loaded._replace(images=_spread(loaded.images, count), labels=_spread(loaded.labels, count))
+    if sample or count:
+        count = count or SAMPLE_COUNT
+        images = _render_few(count)[size]
+        return ClockImages(images, _spread(all_labels(), count), "rendered", hashlib.sha256(images).hexdigest())
+    loaded = _open_cache(cache, size)
+    if loaded is None:
+        _render_cache(cache)
+        loaded = _open_cache(cache, size)
+    return loaded
+
+
+def _spread(array, count):
+    """Returns `count` evenly spaced items of `array`, or all of them where it is None or there are no more."""
+    if count is None or count >= len(array):
+        return array
+    return array[np.arange(count) * len(array) // count]
+
+
+@functools.cache
+def _render_few(count):
+    labels = all_labels()
+    chunks = list(_render_chunks(_spread(labels, count), first_seed=len(labels)))  # the seeds after the full set's
+    images = {size: np.concatenate([chunk[size] for chunk in chunks]) for size in SIZES}
+    for array in images.values():
+        array.flags.writeable = False  # it is shared
+    return images
 
 
 def _open_cache(folder, size):
-    """Memory-maps the rendered pictures; returns None where they are absent, damaged or of another version."""
+    """Memory-maps the rendered images; returns None where they are absent, damaged or of another version."""
+    labels, path = all_labels(), folder / f"images_{size}.npy"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        images = np.load(folder / f"images_{size}.npy", mmap_mode="r", allow_pickle=False)
+        manifest = read_json(folder / "manifest.json", "")
+        images = _read_array(path, "")
         checksum = manifest["sha256"][str(size)]
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        intact = manifest["version"] == VERSION and checksum == sha256(path)
+    except (UserError, OSError, KeyError, TypeError):
         return None
-    labels = all_labels()
-    if manifest["version"] != VERSION or images.shape != (len(labels), size, size) or images.dtype != np.uint8:
+    if not intact or images.shape != (len(labels), size, size) or images.dtype != np.uint8:
         return None
     return ClockImages(images, labels, "rendered", checksum)
 
 
-def _load_course(folder, size):
-    arrays = {}
-    for name in ("images", "labels"):
-        path = folder / f"{name}.npy"
-        try:
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{path} is missing or damaged; put both files of the course there, or remove {folder} to use "
-                "rendered clocks"
-            ) from error
-    images, labels = arrays["images"], arrays["labels"]
-
-    def require(condition, trouble):
-        if not condition:
-            raise UserError(f"{folder}: {trouble}; get the course's files again, or remove the folder")
-
-    side = images.shape[-1]
-    require(images.ndim == 3 and images.dtype == np.uint8, f"images.npy holds {images.dtype} {images.shape}")
-    require(images.shape[1:] in {(s, s) for s in SIZES}, f"images.npy holds pictures of {images.shape[1:]} pixels")
-    require(labels.ndim == 2 and labels.shape[1] == 2, f"labels.npy holds {labels.dtype} {labels.shape}")
-    require(np.issubdtype(labels.dtype, np.integer), f"labels.npy holds {labels.dtype} instead of integers")
-    require(len(images) == len(labels) > 0, f"{len(images)} pictures but {len(labels)} labels")
-    labels = labels.astype("int64")
-    in_range = (labels >= 0).all() and (labels[:, 0] < 12).all() and (labels[:, 1] < 60).all()
-    require(in_range, "labels.npy holds times that are none")
-    require(side >= size, f"images.npy holds pictures of {side} pixels, and {size} are needed")
-    checksum = sha256(folder / "images.npy")
-    if side == 2 * size:
-        images = _averaged(images, size)
-    return ClockImages(images, labels, "course", checksum)
-
-
-def _render_all(folder):
-    """Renders the whole set at both sizes into `folder`, which gets its name when everything is there."""
+def _render_cache(folder):
+    """Renders the full set at both sizes into `folder`, which is complete or not there."""
     import keras  # for its progress bar
 
     labels = all_labels()
-    print(f"rendering {len(labels):,} clocks into {folder}")
-
-    def fill(start):
-        chunk = slice(start, start + CHUNK)
-        for size, pictures in render_times(labels[chunk], [VERSION, start]).items():
-            images[size][chunk] = pictures
-        return min(start + CHUNK, len(labels))
-
+    needed = len(labels) * sum(size**2 for size in SIZES)
+    if folder.exists():
+        print(f"{folder} is damaged or of another version and is rendered again")
+    print(f"rendering {len(labels):,} clocks into {folder} ({needed / 1e6:.0f} MB)")
     try:
+        # Ordinary writes: a memory map on a full disk ends the process with a signal instead of an exception.
         with building(folder) as temporary:
+            if shutil.disk_usage(temporary).free < needed:  # said before minutes of rendering
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             paths = {size: temporary / f"images_{size}.npy" for size in SIZES}
-            images = {
-                size: np.lib.format.open_memmap(path, "w+", np.uint8, (len(labels), size, size))
-                for size, path in paths.items()
-            }
-            bar = keras.utils.Progbar(len(labels), unit_name="picture")
-            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                for done in pool.map(fill, range(0, len(labels), CHUNK)):
-                    bar.update(done)
-            for array in images.values():
-                array.flush()
+            bar = keras.utils.Progbar(len(labels), unit_name="image")
+            with open(paths[SIZES[0]], "wb") as small, open(paths[SIZES[1]], "wb") as large:
+                files = dict(zip(SIZES, (small, large), strict=True))
+                for size, file in files.items():
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                for chunk in _render_chunks(labels, first_seed=0):
+                    for size, file in files.items():
+                        file.write(chunk[size].tobytes())
+                    bar.add(len(chunk[size]))
             checksums = {str(size): sha256(path) for size, path in paths.items()}
             write_json(temporary / "manifest.json", {"version": VERSION, "sha256": checksums})
     except OSError as error:
-        raise UserError(f"cannot write {folder} ({error.strerror or error}); free some space") from error
+        raise UserError(
+            f"cannot write {folder}: {error.strerror or error}; free some space or choose another --data-dir"
+        ) from error
+
+
+def _load_course(folder, size):
+    advice = f"put both files of the course into {folder}, or remove the folder to use rendered clocks"
+    images, labels = (_read_array(folder / f"{name}.npy", advice) for name in ("images", "labels"))
+
+    def require(condition, problem):
+        if not condition:
+            raise UserError(f"{folder}: {problem}; {advice}")
+
+    fits = images.dtype == np.uint8 and images.shape[1:] in {(side, side) for side in SIZES}
+    require(fits, f"images.npy holds {images.dtype} {images.shape} instead of uint8 (n, 75, 75) or (n, 150, 150)")
+    fits = np.issubdtype(labels.dtype, np.integer) and labels.ndim == 2 and labels.shape[1] == 2
+    require(fits, f"labels.npy holds {labels.dtype} {labels.shape} instead of integers (n, 2)")
+    require(len(images) == len(labels), f"{len(images)} images but {len(labels)} labels")
+    require(len(images) >= MIN_COURSE_IMAGES, f"{len(images)} images, and {MIN_COURSE_IMAGES} are needed at least")
+    in_range = ((labels >= 0) & (labels < (12, 60))).all()
+    require(in_range, "labels.npy holds hours outside 0 to 11 or minutes outside 0 to 59")
+    require(images.shape[1] >= size, f"images.npy holds images of {images.shape[1]} pixels, and {size} are needed")
+    checksum = sha256(folder / "images.npy")
+    if images.shape[1] > size:
+        images = _downsample(images, size)
+    return ClockImages(images, labels.astype("int64"), "course", checksum)
+
+
+def _read_array(path, advice):
+    """Memory-maps the array in a `.npy` file; what needs pickle is refused."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header raises whatever its parsing stumbles over
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"{path} is missing or damaged ({reason}); {advice}") from error
