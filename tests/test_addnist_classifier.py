@@ -1,4 +1,4 @@
-"""The AddNIST script: its counters, the distribution of sums, the data recipe, and its command line."""
+"""The AddNIST script: its counters, the distribution of sums, the data config, and its command line."""
 
 import gzip
 import hashlib
@@ -41,20 +41,20 @@ def test_penalty_by_the_examples_of_the_brief(parameters, steps, marks):
 
 @pytest.mark.parametrize("model", task.MODELS)
 def test_networks_keep_to_the_budget(model):
-    recipe = task.RECIPES[model]
-    parameters = task.init_model(jax.random.key(0), recipe)
+    config = task.CONFIGS[model]
+    parameters = task.init_model(jax.random.key(0), config)
     # By hand: four convolutions with a gain and a bias per filter, one reader or three; then the dense layers.
-    filters = [1, *recipe.widths]
+    filters = [1, *config.widths]
     pairs = zip((25, 9, 9, 9), filters, filters[1:], strict=False)
     one_reader = sum(size * a * b + 2 * b for size, a, b in pairs)
     by_hand = one_reader + (64 + 1) * 10
     if model == "ordinary":
         by_hand = 3 * one_reader + 3 * 48 * 96 + 2 * 96 + (96 + 1) * 20
     assert task.count_parameters(parameters) == by_hand < task.PARAMETER_LIMIT
-    assert recipe.steps <= task.STEP_LIMIT
+    assert config.steps <= task.STEP_LIMIT
     finished = task.calibrated(parameters, np.zeros((2, 3, 28, 28), np.uint8), model)
     assert task.count_parameters(finished) < task.PARAMETER_LIMIT
-    assert task.penalty(task.count_parameters(finished), recipe.steps) == 0
+    assert task.penalty(task.count_parameters(finished), config.steps) == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -79,7 +79,7 @@ def test_certain_digits_make_a_certain_class():
 
 
 def test_the_shared_network_does_not_care_for_the_order_of_channels():
-    parameters = task.init_model(jax.random.key(0), task.Recipe("shared"))
+    parameters = task.init_model(jax.random.key(0), task.Config("shared"))
     parameters["dense"] = GENERATOR.normal(size=parameters["dense"].shape)
     images = GENERATOR.integers(0, 256, (5, 3, 28, 28), dtype=np.uint8)
     found = task.predict(parameters, images, "shared")
@@ -88,7 +88,7 @@ def test_the_shared_network_does_not_care_for_the_order_of_channels():
 
 
 def test_a_calibrated_network_judges_each_picture_by_itself():
-    parameters = task.init_model(jax.random.key(0), task.Recipe("ordinary", (4, 4, 4, 4), hidden=8))
+    parameters = task.init_model(jax.random.key(0), task.Config("ordinary", (4, 4, 4, 4), hidden=8))
     parameters["dense"] = GENERATOR.normal(size=parameters["dense"].shape).astype("float32")
     images = GENERATOR.integers(0, 256, (8, 3, 28, 28), dtype=np.uint8)
     finished = task.calibrated(parameters, images, "ordinary")
@@ -161,7 +161,7 @@ def test_there_are_915_triples_of_digits():
     assert set((triples.sum(axis=1) - 1).tolist()) == set(range(20))
 
 
-def test_recipe_is_balanced_and_true(small_mnist):
+def test_config_is_balanced_and_true(small_mnist):
     splits = task.build_from_mnist(small_mnist, {"train": 6000, "valid": 2000, "test": 1000})
     for name, count in (("train", 6000), ("valid", 2000), ("test", 1000)):
         split = splits[name]
@@ -255,8 +255,8 @@ def test_wrong_official_arrays(small_mnist, tmp_path, spoil, trouble):
 def test_a_stopped_training_goes_on_where_it_was(small_mnist, tmp_path, monkeypatch):
     splits = task.build_from_mnist(small_mnist, dict.fromkeys(task.SIZES, 100))
     monkeypatch.setattr(task, "STEPS_PER_CALL", 5)
-    recipe = task.Recipe(widths=(4, 4, 4, 4), steps=10, batch_size=8)
-    whole, curves, _ = task.train_network(recipe, splits, 0, folder=tmp_path / "whole", resume=False)
+    config = task.Config(widths=(4, 4, 4, 4), steps=10, batch_size=8)
+    whole, curves, _ = task.train_network(config, splits, 0, folder=tmp_path / "whole", resume=False)
 
     save = task.save_checkpoint
 
@@ -266,19 +266,19 @@ def test_a_stopped_training_goes_on_where_it_was(small_mnist, tmp_path, monkeypa
 
     monkeypatch.setattr(task, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        task.train_network(recipe, splits, 0, folder=tmp_path / "stopped", resume=False)
+        task.train_network(config, splits, 0, folder=tmp_path / "stopped", resume=False)
     monkeypatch.setattr(task, "save_checkpoint", save)
-    resumed, resumed_curves, _ = task.train_network(recipe, splits, 0, folder=tmp_path / "stopped", resume=True)
+    resumed, resumed_curves, _ = task.train_network(config, splits, 0, folder=tmp_path / "stopped", resume=True)
     assert resumed_curves["step"] == curves["step"] == [5, 10]
     assert resumed_curves["loss"] == pytest.approx(curves["loss"])
     for name in whole:
         assert np.allclose(whole[name], resumed[name], atol=1e-6)
-    changed = task.Recipe(widths=(4, 4, 4, 4), steps=10, batch_size=4)
+    changed = task.Config(widths=(4, 4, 4, 4), steps=10, batch_size=4)
     with pytest.raises(task.UserError, match="batch_size"):
         task.train_network(changed, splits, 0, folder=tmp_path / "stopped", resume=True)
     (tmp_path / "stopped" / "checkpoint.npz").write_bytes(b"broken")
     with pytest.raises(task.UserError, match="damaged"):
-        task.train_network(recipe, splits, 0, folder=tmp_path / "stopped", resume=True)
+        task.train_network(config, splits, 0, folder=tmp_path / "stopped", resume=True)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -320,7 +320,7 @@ def test_load_reproduces_the_metrics_of_train(small_mnist, tmp_path):
 def test_saved_weights(model):
     parameters, card = task.load_weights(SAVED / f"{model}.npz")
     assert card["parameters"]["trainable"] == task.count_parameters(parameters) < task.PARAMETER_LIMIT
-    assert card["steps"] == task.RECIPES[model].steps <= task.STEP_LIMIT
+    assert card["steps"] == task.CONFIGS[model].steps <= task.STEP_LIMIT
     assert card["penalty"] == 0
     assert card["shortened"] is None
     assert len(card["seeds"]) == task.NUM_SEEDS
