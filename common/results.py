@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pandas as pd
 
+from common.cli import REPOSITORY
 from common.errors import UserError
 from common.files import read_json, replacing, write_json
 from common.models import hardware, read_card
@@ -136,6 +137,12 @@ def write_results(script, arguments, results, merged=("models",)):
 def table_path(output_dir, script):
     """Returns the path of the CSV table of a script's experiments."""
     return Path(output_dir) / "report" / "results" / f"{script}_experiments.csv"
+
+
+def recorded_path(arguments, name):
+    """Returns `report/results/<name>` of the output directory; with `--load`, else that of the repository."""
+    path = arguments.output_dir / "report" / "results" / name
+    return path if path.exists() or not arguments.load else REPOSITORY / "report" / "results" / name
 
 
 def read_table(path, numbers=(), texts=()):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import REPOSITORY
 
 from common import models, results
 from common.errors import UserError
@@ -104,6 +105,16 @@ def test_results_of_one_model_leave_the_others(tmp_path):
     path.write_text("[]")
     with pytest.raises(UserError, match="is damaged"):
         results.write_results("script", arguments(tmp_path, model="b"), {"models": {}})
+
+
+def test_recorded_files_of_the_repository_are_shown_where_the_output_dir_has_none(tmp_path):
+    name = "voc_segmentation.json"
+    own = tmp_path / "report" / "results" / name
+    assert results.recorded_path(arguments(tmp_path, load=True), name) == REPOSITORY / "report" / "results" / name
+    assert results.recorded_path(arguments(tmp_path, load=False), name) == own
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert results.recorded_path(arguments(tmp_path, load=True), name) == own
 
 
 def test_rows_are_added_and_read_back(tmp_path):
