@@ -45,6 +45,11 @@ def optional_module(kind, script):
 # --------------------------------------------------------------------------------------------------------- verification
 
 
+def conditions():
+    """Returns what predictions depend on, up to rounding."""
+    return {"backend": keras.backend.backend(), "precision": fast_precision(), "hardware": hardware()}
+
+
 def compare(card, measured, *, part, size, sha256):
     """Puts measured metrics beside those that a card records.
 
@@ -64,10 +69,10 @@ def compare(card, measured, *, part, size, sha256):
     recorded = (card["metrics"].get(part) or {}) if same_data else {}
     if not recorded:
         print(f"{card['model']}: not compared, since its card says nothing about these {size:,} images")
-    here = {"backend": keras.backend.backend(), "precision": fast_precision(), "hardware": hardware()}
+    here, there = conditions(), card | card.get("measured_on", {}).get(part, {})
     decisive = here if here["precision"] == "mixed_bfloat16" else ("backend", "precision")
     tolerance = EXACT
-    if any(card[field] != here[field] for field in decisive):
+    if any(there[field] != here[field] for field in decisive):
         tolerance = FEW_IMAGES if part == "sample" else ROUNDED
     rows = []
     for metric, value in measured.items():
@@ -107,12 +112,14 @@ def conclude(script, arguments, rows, written):
 def record_metrics(path, **parts):
     """Writes re-measured metrics, and with them the size of a part, onto the card of the model at `path`.
 
-    `parts` are, for example, `sample=(250, {"accuracy": 0.9})`.
+    `parts` are, for example, `sample=(250, {"accuracy": 0.9})`. "measured_on" of the card says where that was, since
+    the fields of the same names are about the machine of the training run.
     """
     card = read_card(path)
     for part, (size, metrics) in parts.items():
         card["metrics"][part] = metrics
         card["dataset"][part] = size
+        card.setdefault("measured_on", {})[part] = conditions()
     write_json(Path(path).with_suffix(".json"), card)
 
 

@@ -95,7 +95,18 @@ def test_recorded_metrics_replace_those_on_the_card_and_nothing_else(tmp_path):
     after = json.loads(path.read_text())
     assert after["metrics"] == {"test": {"accuracy": 0.5}, "sample": {"accuracy": 0.6}}
     assert after["dataset"] == {"test": 100, "sample": 10}
-    assert {**after, "metrics": 0, "dataset": 0} == {**before, "metrics": 0, "dataset": 0}
+    assert after["measured_on"] == {"sample": results.conditions()}
+    changed = {"metrics", "dataset", "measured_on"}
+    assert {key: after[key] for key in after.keys() - changed} == {key: before[key] for key in before.keys() - changed}
+
+
+def test_metrics_recorded_on_another_machine_than_the_training_run_are_compared_with_that_machine():
+    same, metrics = {"size": 10, "sha256": "a"}, {"accuracy": 0.601}
+    elsewhere = card(precision="another", measured_on={"sample": results.conditions()})
+    (row,) = results.compare(elsewhere, metrics, part="sample", **same)
+    assert row["agrees"] is False
+    (row,) = results.compare(card(measured_on={"sample": {"backend": "another"}}), metrics, part="sample", **same)
+    assert row["agrees"]
 
 
 def test_results_of_one_model_leave_the_others(tmp_path):
