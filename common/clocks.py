@@ -31,7 +31,8 @@ SIZES = (75, 150)  # pixels, the two sizes of the course's images
 SAMPLE_COUNT = 400
 MIN_COURSE_IMAGES = 100  # fewer cannot be split and trained on
 CHUNK = 60  # images rendered at once; another number renders other images
-VERSION = 1  # of the rendered images; a cache of another version is rendered again
+SEED = 1  # of all scenes
+VERSION = 2  # of the rendered images; a cache of another version is rendered again
 
 # Every property of a scene is uniform in a range. The ranges cover what the course's images show, and more.
 # Lengths are in radii of the dial, tones in grey levels, angles in degrees.
@@ -232,6 +233,11 @@ def wood_textures():
 # ------------------------------------------------------------------------------------------------------------- renderer
 
 
+def _reproducible(function, *arguments):
+    """Evaluates in float64 and rounds to float32: processors disagree in the last digit of a float32 sine or power."""
+    return function(*(np.asarray(argument, "float64") for argument in arguments)).astype("float32")
+
+
 def _coverage(distance, edge):
     """Fraction of a pixel inside an outline, from its signed distance (negative inside) and the width of the edge."""
     return np.clip(0.5 - distance / edge, 0, 1)
@@ -242,8 +248,12 @@ def _over(image, tone, alpha):
 
 
 def _rotate(x, y, angle):
-    cosine, sine = np.cos(angle), np.sin(angle)
+    cosine, sine = _reproducible(np.cos, angle), _reproducible(np.sin, angle)
     return x * cosine + y * sine, y * cosine - x * sine
+
+
+def _radius(x, y):
+    return np.sqrt(x * x + y * y)
 
 
 def lines_of_sight(scene, size):
@@ -256,7 +266,7 @@ def lines_of_sight(scene, size):
     up = -centers[:, :, None] - scene.offset_up
     right, up = _rotate(right, up, scene.roll)
     focal_length = scene.dial_share * scene.camera_distance
-    cosine, sine = np.cos(scene.tilt), np.sin(scene.tilt)
+    cosine, sine = _reproducible(np.cos, scene.tilt), _reproducible(np.sin, scene.tilt)
     away = up * cosine + focal_length * sine
     down = focal_length * cosine - up * sine
 
@@ -289,7 +299,7 @@ def _rim(scene, image, meet, light, halfway, edge, levels):
     center = 1 + half_width
     for level in levels:
         x, y = meet(middle + level * half_height)
-        radius = np.sqrt(x * x + y * y)
+        radius = _radius(x, y)
         bulge = half_width * np.sqrt(1 - level * level)
         if level < 0:  # below its middle only the outside of the rim is visible
             distance = radius - center - bulge
@@ -303,28 +313,29 @@ def _rim(scene, image, meet, light, halfway, edge, levels):
             np.clip(scale * (x * right + y * away) + upwards * up, 0, 1) for right, away, up in (light, halfway)
         )
         tone = scene.rim_tone * (0.55 + 0.65 * diffuse)
-        tone = tone + scene.glint * specular**scene.glint_sharpness
+        tone = tone + scene.glint * _reproducible(np.power, specular, scene.glint_sharpness)
         image = _over(image, tone, _coverage(distance, edge))
     return image
 
 
 def _dial(scene, x, y, radius, edge):
     """Tone of the dial with numerals, ticks and dots; y points to 12."""
-    angle = np.arctan2(x, y)
+    angle = _reproducible(np.arctan2, x, y)
     hour = np.rint(angle * (6 / np.pi))
     minute = np.rint(angle * (30 / np.pi))
     hour_angle = hour * (np.pi / 6)
     # Ticks: the distance from the ray through the nearest hour and from the ring of the ticks.
     from_ring = radius - scene.tick_start - scene.tick_length / 2
-    across = np.abs(np.sin(angle - hour_angle)) * radius - scene.tick_width / 2
+    across = np.abs(_reproducible(np.sin, angle - hour_angle)) * radius - scene.tick_width / 2
     marks = _coverage(np.maximum(across, np.abs(from_ring) - scene.tick_length / 2), edge)
     # Dots: the distance from the nearest minute on that ring. A dot smaller than a pixel fades instead of vanishing.
-    from_dot = np.sqrt(np.square(from_ring) + np.square(np.sin(angle - minute * (np.pi / 30)) * radius))
+    beside = _reproducible(np.sin, angle - minute * (np.pi / 30)) * radius
+    from_dot = np.sqrt(np.square(from_ring) + np.square(beside))
     dots = _coverage(from_dot - scene.dot_radius, edge) * np.minimum(2 * scene.dot_radius / edge + 0.35, 1)
     marks = np.maximum(marks, dots)
     # Numerals: the position in the cell of the nearest hour.
-    column = (x - scene.numeral_radius * np.sin(hour_angle)) / scene.numeral_height
-    row = -(y - scene.numeral_radius * np.cos(hour_angle)) / scene.numeral_height
+    column = (x - scene.numeral_radius * _reproducible(np.sin, hour_angle)) / scene.numeral_height
+    row = -(y - scene.numeral_radius * _reproducible(np.cos, hour_angle)) / scene.numeral_height
     inside = np.maximum(np.abs(column), np.abs(row)) < 0.99
     column, row = (np.where(inside, (part + 1) * (GLYPH_SIZE / 2), 0).astype(int) for part in (column, row))
     numerals = numeral_atlas()[scene.font, hour.astype(int) % 12, row, column] * inside
@@ -342,7 +353,7 @@ def _hands(scene, x, y, edge):
 
     hour = hand(scene.hour_angle, scene.hour_length, scene.hour_width)
     minute = hand(scene.minute_angle, scene.minute_length, scene.minute_width)
-    hub = np.sqrt(x * x + y * y) - scene.hub_radius
+    hub = _radius(x, y) - scene.hub_radius
     return _coverage(np.minimum(np.minimum(hour, minute), hub), edge)
 
 
@@ -350,10 +361,10 @@ def render(scene, size):
     """Renders the scenes of `sample_scenes`: uint8 (n, size, size)."""
     meet = lines_of_sight(scene, size)
     edge = scene.softness * 2 / (size * scene.dial_share)
-    cosine = np.cos(scene.light_height)
-    light = cosine * np.cos(scene.light_direction), cosine * np.sin(scene.light_direction), np.sin(scene.light_height)
+    cosine, sine = _reproducible(np.cos, scene.light_height), _reproducible(np.sin, scene.light_height)
+    light = *_rotate(cosine, 0, -scene.light_direction), sine
     # Halfway between the directions to light and camera: where the rim faces it, it glints (Blinn 1977).
-    halfway = light[0], light[1] - np.sin(scene.tilt), light[2] + np.cos(scene.tilt)
+    halfway = light[0], light[1] - _reproducible(np.sin, scene.tilt), light[2] + _reproducible(np.cos, scene.tilt)
     length = np.sqrt(sum(np.square(part) for part in halfway))
     halfway = tuple(part / length for part in halfway)
 
@@ -362,22 +373,22 @@ def render(scene, size):
 
     x, y = meet(-scene.rim_bottom)
     image = _planks(scene, x, y)
-    from_shadow = np.hypot(*shadow_of(x, y, scene.rim_top + scene.rim_bottom)) - (1 + scene.rim_width)
+    from_shadow = _radius(*shadow_of(x, y, scene.rim_top + scene.rim_bottom)) - (1 + scene.rim_width)
     image = image * (1 - scene.shadow * _coverage(from_shadow, 0.2))
     image = _rim(scene, image, meet, light, halfway, edge, (-0.95, -0.6, -0.2))
 
     x, y = meet(0.0)
-    radius = np.sqrt(x * x + y * y)
+    radius = _radius(x, y)
     dial = _dial(scene, *_rotate(x, y, scene.turn), radius, edge)
     dial = dial + scene.gradient * _rotate(x, y, scene.gradient_direction)[0]
-    from_rim_shadow = np.hypot(x + scene.rim_top * light[0], y + scene.rim_top * light[1]) - 1
+    from_rim_shadow = _radius(x + scene.rim_top * light[0], y + scene.rim_top * light[1]) - 1
     dial = dial * (1 - 0.5 * scene.shadow * _coverage(from_rim_shadow, 0.08))
     hand_shadow = _hands(scene, *_rotate(*shadow_of(x, y, 0.05), scene.turn), 3 * edge)
     dial = dial * (1 - scene.hand_shadow * hand_shadow)
-    glare_x = x - scene.glare_distance * np.cos(scene.glare_direction)
-    glare_y = y - scene.glare_distance * np.sin(scene.glare_direction)
+    glare_x, glare_y = _rotate(scene.glare_distance, 0, -scene.glare_direction)
+    glare_x, glare_y = x - glare_x, y - glare_y
     squared = (np.square(glare_x) + np.square(glare_y)) / np.square(scene.glare_radius)
-    glare = scene.glare * (0.7 * np.exp(-squared) + 0.3 / (1 + squared))
+    glare = scene.glare * (0.7 * _reproducible(np.exp, -squared) + 0.3 / (1 + squared))
     image = _over(image, dial, _coverage(radius - 1 - scene.rim_width / 2, edge))
 
     x, y = meet(scene.hand_height)
@@ -430,7 +441,7 @@ def _render_chunks(labels, first_seed):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             yield from pool.map(
-                lambda start: render_times(labels[start : start + CHUNK], [VERSION, first_seed + start]), starts
+                lambda start: render_times(labels[start : start + CHUNK], [SEED, first_seed + start]), starts
             )
         finally:  # Ctrl-C waits for the chunks at work only
             pool.shutdown(cancel_futures=True)

@@ -1,12 +1,14 @@
 """The clock renderer, measured in its images, and the loader of clock images."""
 
 import errno
+import hashlib
 import os
 import resource
 import types
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY, run_elsewhere
 
 from common import clocks
 from common.errors import UserError
@@ -245,7 +247,7 @@ def test_rendered_clocks_are_cached(few, tmp_path, monkeypatch):
     assert first.source == "rendered"
     assert first.images.shape == (12, 150, 150)
     for start in (0, 5, 10):
-        chunk = clocks.render_times(clocks.all_labels()[start : start + 5], [clocks.VERSION, start])[150]
+        chunk = clocks.render_times(clocks.all_labels()[start : start + 5], [clocks.SEED, start])[150]
         assert np.array_equal(first.images[start : start + 5], chunk)
     assert first.checksum == sha256(tmp_path / "cache" / "clocks" / "images_150.npy")
     np.save(tmp_path / "same.npy", first.images)
@@ -382,3 +384,14 @@ def test_all_labels_are_those_of_the_course():
     assert labels.shape == (18000, 2)
     assert (labels[:25] == 0).all()
     assert labels[-1].tolist() == [11, 59]
+
+
+def test_rendered_pixels_are_the_same_on_every_processor(tmp_path):
+    """NumPy computes float32 functions with the instructions that it finds, which round differently."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from common import clocks; import hashlib\n"
+    code += "images = clocks.render_times([(hour, 7 * hour) for hour in range(12)], 0)[150]\n"
+    code += "print(hashlib.sha256(images).hexdigest())"
+    images = clocks.render_times([(hour, 7 * hour) for hour in range(12)], 0)[150]
+    fewer = {"NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3", "PYTHONWARNINGS": "ignore"}
+    printed = run_elsewhere(code, tmp_path, REPOSITORY, **fewer)
+    assert printed.strip() == hashlib.sha256(images).hexdigest()
