@@ -86,6 +86,15 @@ def test_only_the_same_images_are_compared(part, size, sha256, compared, capsys)
     assert ("not compared" in capsys.readouterr().out) is not compared
 
 
+@pytest.mark.parametrize(("name", "compared"), [("train_images", True), ("test_images", False)])
+def test_only_the_checksums_of_the_measured_part_count(name, compared):
+    recorded = {"train_images": "a", "test_images": "b"}
+    dataset = {"test": 100, "sha256": recorded}
+    here = {**recorded, name: "c"}
+    (row,) = results.compare(card(dataset=dataset), {"accuracy": 0.5}, part="test", size=100, sha256=here)
+    assert (row["recorded"] is not None) is compared
+
+
 def test_recorded_metrics_replace_those_on_the_card_and_nothing_else(tmp_path):
     path = tmp_path / "model.json"
     before = {name: kind() for name, kind in models.CARD_FIELDS.items() if isinstance(kind, type)}
