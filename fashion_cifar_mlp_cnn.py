@@ -1,126 +1,107 @@
-"""Two reference networks of Géron's book, tuned on Fashion-MNIST and carried over to CIFAR-10.
+"""Two reference networks of Géron's book, tuned on Fashion-MNIST and transferred to CIFAR-10.
 
 The multi-layer perceptron (MLP) of chapter 10 and the convolutional network (CNN) of chapter 14 of "Hands-On Machine
 Learning with Scikit-Learn, Keras and TensorFlow" (2nd edition, 2019) are trained as they stand in the book. Then one
-thing at a time is changed: initialisation, activation, optimiser, regularisation, layers. What helped is put together,
-and the three best configurations of each kind are trained on CIFAR-10, to see whether they are the best ones there too.
+thing at a time is changed: initialisation, activation, optimiser, regularisation, layers. What helped is combined, and
+the three best configurations of each kind are trained on CIFAR-10, to see whether they are the best ones there too.
 
-    python fashion_cifar_mlp_cnn.py --experiments    the tuning, on validation pictures; can be stopped and resumed
-    python fashion_cifar_mlp_cnn.py --train          trains references, best and carried-over networks, three seeds each
-    python fashion_cifar_mlp_cnn.py --load           restores the saved networks: same metrics, same figures
+    python fashion_cifar_mlp_cnn.py --train          trains ten networks, three seeds each
+    python fashion_cifar_mlp_cnn.py --load           restores the saved networks and verifies their metrics
+    python fashion_cifar_mlp_cnn.py --experiments    the tuning, on validation images; can be stopped and resumed
 
-A tenth of the training pictures, the same one in every run, is kept for validation, and every choice is made there. The
-test pictures are read for the saved networks alone.
+A tenth of the training images, the same one in every run, is held out for validation, and every choice is made there.
+The test images are read for the saved networks alone.
+
+Test accuracy, mean ± standard deviation over 3 seeds, with 1 to 12 minutes per training run on 2 cores of an Intel Xeon
+with AMX. Fashion-MNIST: MLP 87.82 ± 0.03 %, tuned 89.85 ± 0.02 %; CNN 89.50 ± 0.39 %, tuned 93.43 ± 0.04 %. CIFAR-10:
+best of three MLPs 53.39 ± 0.16 %, of three CNNs 84.69 ± 0.30 %.
 """
 
-from common import quiet  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
+from common import startup  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
 
-import contextlib
 import dataclasses
-import json
-import math
 from typing import NamedTuple
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 from keras import layers
 from scipy.stats import spearmanr
 from sklearn.metrics import confusion_matrix, log_loss
 from sklearn.model_selection import train_test_split
 
-from common import cli, figures, runs
-from common.datasets import load_cifar10, load_fashion_mnist
-from common.files import write_json
+from common import cli, models, results, training
+from common.datasets import LabelledImages, load_cifar10, load_fashion_mnist
 from common.metrics import standard_deviation
 
 SCRIPT = "fashion_cifar_mlp_cnn"
-NETWORKS = ("mlp", "cnn")
 LOADERS = {"fashion": load_fashion_mnist, "cifar": load_cifar10}
-# Between the two datasets lie three of our own making, each with one of the things that make CIFAR-10 harder.
-DATASET_NAMES = {
-    "fashion": "Fashion-MNIST",
-    "fashion shifted": "the same, shifted",
-    "fashion cluttered": "the same, on photographs",
-    "cifar grey": "CIFAR-10 in grey",
-    "cifar": "CIFAR-10",
-}
+DATASET_NAMES = {"fashion": "Fashion-MNIST", "cifar": "CIFAR-10"}
 NUM_CLASSES = 10
 NUM_SEEDS = 3
-NUM_EXPERIMENT_SEEDS = 2
-NUM_CARRIED = 8  # configurations of each kind whose ranking is compared between the datasets
 SPLIT_SEED = 10
 PREDICT_BATCH_SIZE = 500
-QUICK_PICTURES = 320
-MAX_SHIFT = 0.1  # of the picture's side, as augmentation
-SHIFTED_PIXELS = 6  # by which "fashion shifted" moves pictures at most
-GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in brightness, ITU-R BT.601
-KNOWN_RESULTS = """\
-Accuracy on the test pictures that others report. Fashion-MNIST, MLP: the book's notebook 88.4 %, students 87 to 89.7 %.
-CNN: the book's text "over 92 %", its notebook 89.8 %, its readers 90 to 91.4 %, its third edition 91.2 %; with batch
-normalisation and augmentation 93.4 %, ResNet-18 94.9 %, best published 96.7 %. CIFAR-10, students: MLP 32 to 47 %, CNN
-45 to 79 %."""
+QUICK_IMAGES = 96  # of every split
+MAX_SHIFT = 0.1  # of the image's side, as augmentation
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Everything that an experiment varies; the defaults are the MLP of the book, chapter 10, pages 299 to 307.
+class Config:
+    """Everything that an experiment varies; the defaults are the MLP of the book, chapter 10, pages 299 to 307."""
 
-    Attributes:
-        filters: of each stage of convolutions; the first stage has one convolution, the later ones `convolutions`. A
-            stage ends with max pooling. No stages make an MLP.
-        first_kernel, kernel: sides of the filters of the first and the later convolutions, in pixels.
-        convolutions: per stage.
-        hidden: units of each hidden dense layer.
-        activation: of every hidden layer.
-        initializer: of every kernel, a name that Keras knows, or "unit_normal".
-        optimizer: key of `OPTIMIZERS`.
-        learning_rate: constant, or the highest one of the schedule.
-        schedule: "constant" or "cosine" (with warm-up).
-        l1, l2: weight of the penalties on every kernel.
-        dropout: rate after every hidden dense layer.
-        batch_norm: "none", "layers" (every hidden layer is normalised before its activation, Ioffe & Szegedy 2015) or
-            "stages" (only what the pooling of each stage returns, a sixth of the numbers).
-        standardize: whether each pixel is brought to mean 0 and standard deviation 1 over the training pictures, as the
-            book does for its CNN, or all are divided by 255.
-        augmentation: tuple out of "flip" (left and right) and "shift" (by up to `MAX_SHIFT`, in whole pixels, so that
-            nothing is blurred).
-        batch_size: pictures per step.
-        epochs: passes over the training pictures at full length.
-    """
-
-    filters: tuple = ()
-    first_kernel: int = 7
-    kernel: int = 3
-    convolutions: int = 2
-    hidden: tuple = (300, 100)
-    activation: str = "relu"
-    initializer: str = "glorot_uniform"
-    optimizer: str = "sgd"
-    learning_rate: float = 0.01
-    schedule: str = "constant"
-    l1: float = 0.0
+    filters: tuple = ()  # of each stage of convolutions, which ends with max pooling; no stages make an MLP
+    first_kernel: int = 7  # side of the filters of the first stage, which has one convolution
+    kernel: int = 3  # side of all later filters
+    convolutions: int = 2  # per stage after the first
+    hidden: tuple = (300, 100)  # units of each hidden dense layer
+    activation: str = "relu"  # of every hidden layer
+    initializer: str = "glorot_uniform"  # of every kernel, a name that Keras knows, or "unit_normal"
+    optimizer: str = "sgd"  # key of `OPTIMIZERS`
+    learning_rate: float = 0.01  # constant, or the highest one of the schedule
+    schedule: str = "constant"  # or "cosine" (with warm-up)
+    l1: float = 0.0  # weight of the penalty on every kernel
     l2: float = 0.0
-    dropout: float = 0.0
-    batch_norm: str = "none"
-    standardize: bool = False
-    augmentation: tuple = ()
+    dropout: float = 0.0  # rate after every hidden dense layer
+    batch_norm: str = "none"  # "layers": before every activation (Ioffe & Szegedy 2015); "stages": after pooling only
+    standardize: bool = False  # each pixel to mean 0 and standard deviation 1, as the book's CNN; else divided by 255
+    augmentation: tuple = ()  # out of "flip" (horizontal) and "shift" (up to `MAX_SHIFT`, whole pixels: no blur)
     batch_size: int = 32
-    epochs: int = 30
+    epochs: int = 30  # with the full training budget
 
 
-REFERENCES = {
-    "mlp": Recipe(),
-    # Chapter 14, page 447.
-    "cnn": Recipe(
-        filters=(64, 128, 256),
-        hidden=(128, 64),
-        optimizer="nadam",
-        learning_rate=0.001,
-        dropout=0.5,
-        standardize=True,
-        epochs=10,
-    ),
+BOOK_CNN = Config(  # chapter 14, page 447
+    (64, 128, 256), hidden=(128, 64), optimizer="nadam", learning_rate=0.001, dropout=0.5, standardize=True, epochs=10
+)
+TUNED_MLP = Config(hidden=(500, 200), optimizer="adam", learning_rate=0.001, schedule="cosine", epochs=15)
+TUNED_CNN = dataclasses.replace(
+    BOOK_CNN, first_kernel=3, schedule="cosine", dropout=0.25, batch_norm="stages", standardize=False
+)
+CONFIGS = {  # of the saved models, by kind of network and by the name that the experiments give to a configuration
+    "mlp": {
+        "reference": Config(),
+        "together: Adam, cosine, 500, 200": TUNED_MLP,
+        "together: Adam, cosine, 500, 200, standardised": dataclasses.replace(TUNED_MLP, standardize=True),
+        "together: Adam, cosine": dataclasses.replace(TUNED_MLP, hidden=(300, 100)),
+    },
+    "cnn": {
+        "reference": BOOK_CNN,
+        "together: cosine, norm, 3 x 3, divided by 255, flip": dataclasses.replace(TUNED_CNN, augmentation=("flip",)),
+        "together: cosine, norm, 3 x 3, divided by 255": TUNED_CNN,
+        "together: cosine, norm, 3 x 3, divided by 255, half, flip": dataclasses.replace(
+            TUNED_CNN, filters=(32, 64, 128), augmentation=("flip",)
+        ),
+    },
+}
+MODELS = {  # dataset, kind of network, configuration
+    "fashion_mlp_reference": ("fashion", "mlp", "reference"),
+    "fashion_cnn_reference": ("fashion", "cnn", "reference"),
+    "fashion_mlp_best": ("fashion", "mlp", "together: Adam, cosine, 500, 200"),
+    "fashion_cnn_best": ("fashion", "cnn", "together: cosine, norm, 3 x 3, divided by 255, flip"),
+    "cifar_mlp_1": ("cifar", "mlp", "together: Adam, cosine, 500, 200"),
+    "cifar_mlp_2": ("cifar", "mlp", "together: Adam, cosine, 500, 200, standardised"),
+    "cifar_mlp_3": ("cifar", "mlp", "together: Adam, cosine"),
+    "cifar_cnn_1": ("cifar", "cnn", "together: cosine, norm, 3 x 3, divided by 255, flip"),
+    "cifar_cnn_2": ("cifar", "cnn", "together: cosine, norm, 3 x 3, divided by 255"),
+    "cifar_cnn_3": ("cifar", "cnn", "together: cosine, norm, 3 x 3, divided by 255, half, flip"),
 }
 OPTIMIZERS = {
     "sgd": keras.optimizers.SGD,
@@ -131,287 +112,67 @@ OPTIMIZERS = {
     "adamw": lambda rate: keras.optimizers.AdamW(rate, weight_decay=0.01),
 }
 
-# ----------------------------------------------------------------------------------------------------- what is tried
-
-
-def optimizer_changes(**rates):
-    """Returns one change for each optimiser and each of its learning rates."""
-    return {
-        f"{name} {rate:g}": {"optimizer": name, "learning_rate": rate} for name, some in rates.items() for rate in some
-    }
-
-
-SHARED_CHANGES = {
-    "initialisation": {
-        "He": {"initializer": "he_normal"},
-        "LeCun": {"initializer": "lecun_normal"},
-        "normal with deviation 1, bad on purpose": {"initializer": "unit_normal"},
-    },
-    "activation": {name: {"activation": name} for name in ("elu", "selu", "silu", "gelu", "tanh", "sigmoid")},
-}
-CHANGES = {
-    "mlp": {
-        **SHARED_CHANGES,
-        "optimiser": optimizer_changes(
-            sgd=(0.001, 0.1),
-            nesterov=(0.003, 0.01, 0.03),
-            rmsprop=(0.0003, 0.001),
-            adam=(0.0003, 0.001, 0.01),
-            nadam=(0.0003, 0.001),
-            adamw=(0.0003, 0.001),
-        ),
-        "learning rate": {"cosine": {"schedule": "cosine"}},
-        "regularisation": {
-            "L1 0.0001": {"l1": 1e-4},
-            "L2 0.0001": {"l2": 1e-4},
-            "L2 0.001": {"l2": 1e-3},
-            "dropout 0.25": {"dropout": 0.25},
-            "dropout 0.5": {"dropout": 0.5},
-            "batch norm": {"batch_norm": "layers"},
-        },
-        "layers": {
-            "none": {"hidden": ()},
-            "100": {"hidden": (100,)},
-            "300": {"hidden": (300,)},
-            "300, 100, 50": {"hidden": (300, 100, 50)},
-            "300, 300, 300, 300": {"hidden": (300, 300, 300, 300)},
-            "500, 200": {"hidden": (500, 200)},
-        },
-        "batch size": {"128": {"batch_size": 128}, "512": {"batch_size": 512}},
-        "input": {"standardised": {"standardize": True}},
-        "augmentation": {
-            "flip": {"augmentation": ("flip",)},
-            "shift": {"augmentation": ("shift",)},
-        },
-    },
-    "cnn": {
-        **SHARED_CHANGES,
-        "optimiser": optimizer_changes(
-            sgd=(0.01, 0.1),
-            nesterov=(0.003, 0.01),
-            rmsprop=(0.0003, 0.001),
-            adam=(0.0003, 0.001),
-            nadam=(0.0003, 0.003),
-            adamw=(0.0003, 0.001),
-        ),
-        "learning rate": {"cosine": {"schedule": "cosine"}},
-        "regularisation": {
-            "no dropout": {"dropout": 0.0},
-            "dropout 0.25": {"dropout": 0.25},
-            "L1 0.00001": {"l1": 1e-5},
-            "L2 0.0001": {"l2": 1e-4},
-            "batch norm": {"batch_norm": "layers"},
-            "batch norm after pooling": {"batch_norm": "stages"},
-        },
-        "layers": {
-            "one convolution a stage": {"convolutions": 1},
-            "two stages": {"filters": (64, 128)},
-            "four stages": {"filters": (64, 128, 256, 256)},
-            "one dense layer": {"hidden": (128,)},
-            "no dense layer": {"hidden": ()},
-        },
-        "filters": {
-            "half": {"filters": (32, 64, 128)},
-            "first 3 x 3": {"first_kernel": 3},
-            "first 5 x 5": {"first_kernel": 5},
-            "all 5 x 5": {"first_kernel": 5, "kernel": 5},
-        },
-        "batch size": {"128": {"batch_size": 128}},
-        "input": {"divided by 255": {"standardize": False}},
-        "augmentation": {
-            "flip": {"augmentation": ("flip",)},
-            "shift": {"augmentation": ("shift",)},
-        },
-    },
-}
-# Chosen after the single changes of the first seed: what helped most on validation, put together step by step.
-ADAM = {"optimizer": "adam", "learning_rate": 0.001, "schedule": "cosine", "epochs": 15}
-WIDE = ADAM | {"hidden": (500, 200)}
-COSINE = {"schedule": "cosine", "batch_norm": "stages", "dropout": 0.25}
-SMALL_KERNEL = COSINE | {"first_kernel": 3}
-PLAIN = SMALL_KERNEL | {"standardize": False}
-HALF = {"filters": (32, 64, 128)}
-FLIP, FLIP_SHIFT = {"augmentation": ("flip",)}, {"augmentation": ("flip", "shift")}
-TOGETHER = {
-    "mlp": {
-        "Adam, cosine": ADAM,
-        "Adam, cosine, standardised": ADAM | {"standardize": True},
-        "Adam, cosine, batch norm": ADAM | {"batch_norm": "layers"},
-        "Adam, cosine, 500, 200": WIDE,
-        "Adam, cosine, 500, 200, standardised": WIDE | {"standardize": True},
-        "Adam, cosine, 500, 200, standardised, dropout 0.25": WIDE | {"standardize": True, "dropout": 0.25},
-        "Adam, cosine, 500, 200, dropout 0.25": WIDE | {"dropout": 0.25},
-        "Adam, cosine, 500, 200, batch norm, dropout 0.25, flip, shift": WIDE
-        | {"batch_norm": "layers", "dropout": 0.25}
-        | FLIP_SHIFT,
-    },
-    "cnn": {
-        "cosine, norm": COSINE,
-        "cosine, norm, 3 x 3": SMALL_KERNEL,
-        "cosine, norm, 3 x 3, flip": SMALL_KERNEL | FLIP,
-        "cosine, norm, 3 x 3, flip, shift": SMALL_KERNEL | FLIP_SHIFT,
-        "cosine, norm, 3 x 3, half": SMALL_KERNEL | HALF,
-        "cosine, norm, 3 x 3, half, flip": SMALL_KERNEL | HALF | FLIP,
-        "cosine, norm, 3 x 3, half, flip, shift": SMALL_KERNEL | HALF | FLIP_SHIFT,
-        "cosine, norm, 3 x 3, divided by 255": PLAIN,
-        "cosine, norm, 3 x 3, divided by 255, flip": PLAIN | FLIP,
-        "cosine, norm, 3 x 3, divided by 255, flip, shift": PLAIN | FLIP_SHIFT,
-        "cosine, norm, 3 x 3, divided by 255, half": PLAIN | HALF,
-        "cosine, norm, 3 x 3, divided by 255, half, flip": PLAIN | HALF | FLIP,
-        "cosine, norm, 3 x 3, divided by 255, half, flip, shift": PLAIN | HALF | FLIP_SHIFT,
-    },
-}
-SHORT_EPOCHS = {"mlp": 6, "cnn": 4}
-SHORT_PICTURES = {"mlp": None, "cnn": 10_000}  # of the training pictures, always the same ones; None for all
-
-
-def recipes(network):
-    """Returns all configurations of "mlp" or "cnn": dict from a name, "reference" or "factor: change", to `Recipe`."""
-    reference = REFERENCES[network]
-    named = {"reference": reference}
-    for factor, changes in {**CHANGES[network], "together": TOGETHER[network]}.items():
-        named |= {f"{factor}: {name}": dataclasses.replace(reference, **change) for name, change in changes.items()}
-    return named
-
-
-FINALISTS = {
-    "mlp": (
-        "together: Adam, cosine, 500, 200",
-        "together: Adam, cosine, 500, 200, standardised",
-        "together: Adam, cosine",
-        "together: Adam, cosine, batch norm",
-        "together: Adam, cosine, standardised",
-    ),
-    "cnn": (
-        "together: cosine, norm, 3 x 3, divided by 255, flip",
-        "together: cosine, norm, 3 x 3, divided by 255",
-        "together: cosine, norm, 3 x 3, divided by 255, half, flip",
-        "together: cosine, norm, 3 x 3",
-        "together: cosine, norm, 3 x 3, divided by 255, half",
-    ),
-}
-"""The five configurations of each kind with the best short runs, in the order of their validation accuracy at full
-length: the first one is the best network of Fashion-MNIST, the first three go to CIFAR-10."""
-
-
-def plan(model):
-    """Returns what a saved model is: dataset, kind of network, name of its configuration (three str)."""
-    dataset, network, which = model.split("_")
-    place = 0 if which == "best" else int(which) - 1 if which.isdigit() else None
-    return dataset, network, "reference" if place is None else FINALISTS[network][place]
-
-
-MODELS = [
-    *(f"fashion_{network}_{which}" for which in ("reference", "best") for network in NETWORKS),
-    *(f"cifar_{network}_{place}" for network in NETWORKS for place in (1, 2, 3)),
-]
-
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-class Split(NamedTuple):
-    """Labelled pictures.
-
-    Attributes:
-        images: uint8 (n, height, width, channels), 0 to 255.
-        labels: int64 (n,), 0 to 9.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-def to_grey(images):
-    """Returns the brightness of colour pictures: uint8 (n, height, width, 3) to (n, height, width, 1)."""
-    return np.rint(images @ np.array(GREY_WEIGHTS, "float32")).astype("uint8")[..., None]
-
-
-def shift(images, most, generator):
-    """Moves each picture by up to `most` pixels (int) in both directions; what comes in from outside is black."""
-    side = images.shape[1]
-    padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
-    down, right = generator.integers(0, 2 * most + 1, (2, len(images), 1))
-    picture = np.arange(len(images))[:, None, None]
-    return padded[picture, (down + np.arange(side))[:, :, None], (right + np.arange(side))[:, None, :]]
-
-
-def put_on_photographs(images, photographs):
-    """Returns clothes with the middle of a grey CIFAR-10 picture wherever they were black; `photographs` are reused."""
-    margin = (photographs.shape[1] - images.shape[1]) // 2
-    inside = slice(margin, margin + images.shape[1])
-    backgrounds = to_grey(photographs[np.arange(len(images)) % len(photographs), inside, inside])
-    return np.where(images > 0, images, backgrounds)
-
-
-def load_splits(name, data_dir, quick=False):
-    """Loads a dataset, keeps a tenth of its training pictures for validation, and changes the pictures if so named.
+def load_splits(name, data_dir, *, sample=False, quick=False):
+    """Loads a dataset and holds out a tenth of its training images for validation.
 
     Args:
-        name: key of `DATASET_NAMES`.
-        data_dir: `pathlib.Path`.
-        quick: bool, whether to take only `QUICK_PICTURES` of each split.
+        name: key of `LOADERS`.
+        sample: use the images in data/samples/.
+        quick: take only `QUICK_IMAGES` of each split.
 
-    Returns:
-        dict of `Split`, "train" in random order, "validation" with as many pictures of each class, "test"; and the
-        `common.datasets.Dataset`.
-
-    Raises:
-        UserError: where the dataset is neither there nor to be had.
+    Returns a dict of `LabelledImages`, "train" in random order, "validation" with as many images of each class, "test";
+    and the `common.datasets.Dataset`.
     """
-    source, _, change = name.partition(" ")
-    dataset = LOADERS[source](data_dir)
+    dataset = LOADERS[name](data_dir, sample=sample)
     labels = np.asarray(dataset.train.labels)
     parts = train_test_split(np.arange(len(labels)), test_size=0.1, random_state=SPLIT_SEED, stratify=labels)
-    count = QUICK_PICTURES if quick else None
+    count = QUICK_IMAGES if quick else None
     splits = {
-        part: Split(dataset.train.images[chosen[:count]], labels[chosen[:count]])
+        part: LabelledImages(dataset.train.images[chosen[:count]], labels[chosen[:count]])
         for part, chosen in zip(("train", "validation"), parts, strict=True)
     }
-    splits["test"] = Split(np.asarray(dataset.test.images[:count]), np.asarray(dataset.test.labels[:count]))
-    photographs = load_splits("cifar", data_dir, quick)[0] if change == "cluttered" else None
-    for part, split in splits.items():
-        if change == "shifted":
-            images = shift(split.images, SHIFTED_PIXELS, np.random.default_rng(SPLIT_SEED))
-        elif change == "cluttered":
-            images = put_on_photographs(split.images, photographs[part].images)
-        elif change == "grey":
-            images = to_grey(split.images)
-        else:
-            continue
-        splits[part] = split._replace(images=images)
+    splits["test"] = LabelledImages(*(np.asarray(array[:count]) for array in dataset.test))
     return splits, dataset
 
 
-# ------------------------------------------------------------------------------------------------------------ networks
+def load_changed_splits(source, change, data_dir, **options):
+    """Returns the splits of a dataset (key of `LOADERS`) after a `change` of the experiments, or unchanged for None."""
+    splits, _ = load_splits(source, data_dir, **options)
+    if change is None:
+        return splits
+    photographs, _ = load_splits("cifar", data_dir, **options)
+    return {
+        part: split._replace(images=change(split.images, photographs[part].images)) for part, split in splits.items()
+    }
 
 
-def build_network(recipe, image_shape, images=None):
-    """Builds the MLP or the CNN that a recipe describes.
+# --------------------------------------------------------------------------------------------------------------- model
 
-    Args:
-        recipe: `Recipe`.
-        image_shape: tuple of int, (height, width, channels).
-        images: uint8 (n, *image_shape), which a standardising network takes each pixel's mean and deviation from. None
-            leaves those to be restored.
 
-    Returns:
-        Functional `keras.Model` from pictures (n, *image_shape) in the uint8 range to class probabilities (n, 10).
+def build_network(config, image_shape, images=None):
+    """Builds the MLP or the CNN that a config describes.
+
+    A standardising network takes each pixel's mean and deviation from `images`, uint8 (n, *image_shape); without them
+    they are left to be restored. Returns a functional model from images in the uint8 range to class probabilities.
     """
-    initializer = recipe.initializer
+    initializer = config.initializer
     if initializer == "unit_normal":
         initializer = keras.initializers.RandomNormal(stddev=1.0)
 
     def hidden(features, layer, *arguments, **keywords):
-        """A layer with weights, normalised if the recipe wants it, and its activation."""
-        regularizer = keras.regularizers.L1L2(recipe.l1, recipe.l2) if recipe.l1 or recipe.l2 else None
+        """A layer with weights, normalised if the config says so, and its activation."""
+        regularizer = keras.regularizers.L1L2(config.l1, config.l2) if config.l1 or config.l2 else None
         keywords |= {"kernel_initializer": initializer, "kernel_regularizer": regularizer}
-        features = layer(*arguments, use_bias=recipe.batch_norm != "layers", **keywords)(features)
-        if recipe.batch_norm == "layers":
+        features = layer(*arguments, use_bias=config.batch_norm != "layers", **keywords)(features)
+        if config.batch_norm == "layers":
             features = layers.BatchNormalization()(features)
-        return layers.Activation(recipe.activation)(features)
+        return layers.Activation(config.activation)(features)
 
     inputs = keras.Input(image_shape, name="images")
-    if recipe.standardize:
+    if config.standardize:
         # In full precision, whatever the rest computes in: most of a pixel's range would be lost in rounding.
         standardize = layers.Normalization(axis=(1, 2, 3), dtype="float32", name="standardize")
         if images is not None:
@@ -419,18 +180,18 @@ def build_network(recipe, image_shape, images=None):
         features = standardize(inputs)
     else:
         features = layers.Rescaling(1 / 255)(inputs)
-    for stage, filters in enumerate(recipe.filters):
-        for _ in range(recipe.convolutions if stage else 1):
-            kernel = recipe.kernel if stage else recipe.first_kernel
+    for stage, filters in enumerate(config.filters):
+        for _ in range(config.convolutions if stage else 1):
+            kernel = config.kernel if stage else config.first_kernel
             features = hidden(features, layers.Conv2D, filters, kernel, padding="same")
         features = layers.MaxPooling2D(2)(features)
-        if recipe.batch_norm == "stages":
+        if config.batch_norm == "stages":
             features = layers.BatchNormalization()(features)
     features = layers.Flatten()(features)
-    for units in recipe.hidden:
+    for units in config.hidden:
         features = hidden(features, layers.Dense, units)
-        if recipe.dropout:
-            features = layers.Dropout(recipe.dropout)(features)
+        if config.dropout:
+            features = layers.Dropout(config.dropout)(features)
     # Softmax in full precision, so that small probabilities survive.
     probabilities = layers.Dense(
         NUM_CLASSES, activation="softmax", kernel_initializer=initializer, dtype="float32", name="probabilities"
@@ -438,467 +199,301 @@ def build_network(recipe, image_shape, images=None):
     return keras.Model(inputs, probabilities)
 
 
-def train_network(recipe, split, seed, *, folder, resume, validation=None):
-    """Trains one network from scratch, or goes on from its checkpoint.
+# ------------------------------------------------------------------------------------------------- losses and training
 
-    Args:
-        recipe: `Recipe`.
-        split: `Split` to train on.
-        seed: int, of weights, order, dropout and augmentation.
-        folder: where the checkpoints live.
-        resume: bool, whether to go on from the last of them.
-        validation: `Split` for the learning curves, or None.
 
-    Returns:
-        The trained network in float32 with weights rounded to half precision (`keras.Model`), its learning curves
-        (dict of lists), and seconds (float).
+def training_precision(config):
+    """Returns the dtype policy; in an MLP this small, converting between precisions costs more than it saves."""
+    return training.fast_precision() if config.filters else "float32"
 
-    Raises:
-        Diverged: where the loss left the finite numbers.
+
+def augment(images, config, seed):
+    """Applies the augmentation layers of a config to a symbolic tensor."""
+    if "flip" in config.augmentation:
+        images = layers.RandomFlip("horizontal", seed=seed)(images)
+    if "shift" in config.augmentation:
+        translation = layers.RandomTranslation(MAX_SHIFT, MAX_SHIFT, "nearest", interpolation="nearest", seed=seed)
+        translation.supports_jit = True  # Keras denies it of this layer, and would run every step uncompiled under JAX
+        images = translation(images)
+    return images
+
+
+def train_network(config, split, seed, *, folder, resume, validation=None):
+    """Trains one network from scratch, or resumes it from its checkpoint in `folder`.
+
+    Returns the network in float32 with weights rounded to bfloat16, its learning curves, and seconds. Raises
+    `training.Diverged` where the loss is no longer finite.
     """
     keras.utils.set_random_seed(seed)
     image_shape = split.images.shape[1:]
-    steps = math.ceil(len(split.images) / recipe.batch_size) * recipe.epochs
-    # In an MLP this small, converting between precisions costs more than it saves.
-    with runs.building_for_speed() if recipe.filters else contextlib.nullcontext("float32") as precision:
-        network = build_network(recipe, image_shape, split.images)
+    steps = training.count_steps(len(split.images), config)
+    with training.computing_in(training_precision(config)) as precision:
+        network = build_network(config, image_shape, split.images)
     images = keras.Input(image_shape)
-    augmented = images
-    if "flip" in recipe.augmentation:
-        augmented = layers.RandomFlip("horizontal", seed=seed)(augmented)
-    if "shift" in recipe.augmentation:
-        translation = layers.RandomTranslation(MAX_SHIFT, MAX_SHIFT, "nearest", interpolation="nearest", seed=seed)
-        translation.supports_jit = True  # Keras denies it of this layer, and would run every step uncompiled under JAX
-        augmented = translation(augmented)
-    model = keras.Model(images, network(augmented))
-    learning_rate = recipe.learning_rate
-    if recipe.schedule == "cosine":
-        learning_rate = runs.cosine_schedule(learning_rate, steps)
+    model = keras.Model(images, network(augment(images, config, seed)))
+    learning_rate = config.learning_rate
+    if config.schedule == "cosine":
+        learning_rate = training.cosine_schedule(learning_rate, steps)
     model.compile(
-        OPTIMIZERS[recipe.optimizer](learning_rate),
+        OPTIMIZERS[config.optimizer](learning_rate),
         loss="sparse_categorical_crossentropy",
         metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")],
-        **runs.compile_options(steps),
+        **training.compile_options(steps),
     )
-    curves, seconds = runs.fit(
+    curves, seconds = training.fit(
         model,
         split.images,
         split.labels,
-        validation_data=validation and tuple(validation),
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
+        config=config,
+        seed=seed,
         folder=folder,
-        settings={"recipe": json.loads(json.dumps(dataclasses.asdict(recipe))), "seed": seed, "precision": precision},
         resume=resume,
+        precision=precision,
+        validation_data=validation and tuple(validation),
     )
-    full_precision = build_network(recipe, image_shape)
-    runs.set_weights(full_precision, network.get_weights())
-    runs.round_weights(full_precision, "bfloat16")  # ten models shall fit into 25 MB
+    full_precision = build_network(config, image_shape)
+    models.set_weights(full_precision, network.get_weights())
+    models.round_weights(full_precision, "bfloat16")  # ten models shall fit into 25 MB
     return full_precision, curves, seconds
 
 
-def predict(network, images):
-    """Returns class probabilities, float32 (n, 10), for pictures in the uint8 range."""
-    return runs.for_prediction(network).predict(images, batch_size=PREDICT_BATCH_SIZE, verbose=0)
+def train(arguments):
+    """Trains the wanted networks with several seeds each, and saves the first seed's with its card.
 
+    The test images are read after the last training run.
+    """
+    options = {"sample": arguments.sample, "quick": arguments.quick}
+    loaded, trained = {}, {}
+    seeds = dict.fromkeys([arguments.model] if arguments.model else MODELS, NUM_SEEDS)
+    for model, seed, folder in results.training_runs(SCRIPT, arguments, list(seeds), seeds):
+        dataset_key, kind, configuration = MODELS[model]
+        if dataset_key not in loaded:
+            loaded[dataset_key] = load_splits(dataset_key, arguments.data_dir, **options)
+        splits, _ = loaded[dataset_key]
+        config = cli.with_flags(CONFIGS[kind][configuration], arguments)
+        keywords = {"folder": folder, "resume": arguments.resume, "validation": splits["validation"]}
+        run = train_network(config, splits["train"], seed, **keywords)
+        trained.setdefault(model, []).append((seed, config, *run))
 
-def evaluate(network, split):
-    """Returns {"accuracy", "loss"} (float; 0 to 1, and the mean cross-entropy) of a network on a `Split`."""
-    probabilities = predict(network, split.images)
-    return {
-        "accuracy": float(np.mean(probabilities.argmax(1) == split.labels)),
-        "loss": float(log_loss(split.labels, probabilities, labels=range(NUM_CLASSES))),
-    }
+    folder = arguments.output_dir / "saved_models" / SCRIPT
+    for model, runs in trained.items():
+        dataset_key, _, configuration = MODELS[model]
+        splits, dataset = loaded[dataset_key]
+        sample, _ = load_splits(dataset_key, arguments.data_dir, sample=True, quick=arguments.quick)
+        splits = {**splits, "sample": sample["test"]}
+        measured = [evaluate(network, splits) for _, _, network, _, _ in runs]
+        seed, config, network, curves, seconds = runs[0]
+        card = models.card(
+            SCRIPT,
+            model,
+            arguments,
+            config=config,
+            seed=seed,
+            dataset={
+                "name": dataset.name,
+                **{part: len(split.images) for part, split in splits.items()},
+                "sha256": dataset.checksums,
+            },
+            curves=curves,
+            seconds=seconds,
+            metrics=measured[0],
+        )
+        card |= {
+            "configuration": configuration,
+            "training_precision": training_precision(config),
+            "seeds": [{"seed": run[0], **metrics} for run, metrics in zip(runs, measured, strict=True)],
+        }
+        models.save_model(network, folder / f"{model}.keras", card)
 
 
 # --------------------------------------------------------------------------------------------------------- experiments
 
 
 class Run(NamedTuple):
-    """One training of the experiments.
+    """One training run of the experiments."""
 
-    Attributes:
-        dataset: key of `DATASET_NAMES`.
-        network: "mlp" or "cnn".
-        budget: "short" or "full".
-        name: key of `recipes(network)`.
-        seed: int.
-    """
-
-    dataset: str
-    network: str
-    budget: str
-    name: str
+    dataset: str  # key of `DATASETS` of the experiments
+    network: str  # "mlp" or "cnn"
+    budget: str  # "short" or "full"
+    name: str  # key of `configurations(network)`
     seed: int
 
 
-def run_of(row):
-    """The `Run` that a row of the table is about."""
-    return Run(row["dataset"], row["network"], row["budget"], row["name"], int(row["seed"]))
+def configurations(network, plan):
+    """Returns all configs of a kind of network that `plan`, the module of experiments, compares: dict from name."""
+    reference = CONFIGS[network]["reference"]
+    changes = {"reference": {}, **plan.EXPERIMENTS[network]}
+    return {name: dataclasses.replace(reference, **change) for name, change in changes.items()}
 
 
-def seed_accuracies(rows, dataset, network, budget, name):
-    """Validation accuracy of a configuration with each of its seeds (list of float)."""
-    wanted = (dataset, network, budget, name)
-    return [float(row["validation_accuracy"]) for row in rows if run_of(row)[:4] == wanted]
-
-
-def mean_accuracies(rows, dataset, network, budget):
-    """Mean validation accuracy over the seeds: dict from the name of a configuration to float, the best one first."""
-    names = dict.fromkeys(row["name"] for row in rows if run_of(row)[:3] == (dataset, network, budget))
-    means = {name: float(np.mean(seed_accuracies(rows, dataset, network, budget, name))) for name in names}
-    return dict(sorted(means.items(), key=lambda item: -item[1]))
-
-
-def carried(rows, network):
-    """Names of the configurations whose short runs are repeated on CIFAR-10: evenly spread over the ranking."""
-    ranking = list(mean_accuracies(rows, "fashion", network, "short"))
-    places = np.linspace(0, len(ranking) - 1, min(NUM_CARRIED, len(ranking))).round().astype(int)
-    return [ranking[place] for place in places]
-
-
-def planned_runs(rows, seed):
-    """All runs of the experiments, in order, as far as they are known: what is carried over depends on `rows`."""
-    seeds = range(seed, seed + NUM_EXPERIMENT_SEEDS)
-    planned = [
-        Run("fashion", network, "short", name, each)
-        for each in seeds
-        for network in NETWORKS
-        for name in recipes(network)
-        # The single changes of the CNN are most of the time, so they get one seed.
-        if each == seed or network == "mlp" or name == "reference" or name.startswith("together")
-    ]
-    if set(planned) <= {run_of(row) for row in rows}:
-        planned += [
-            Run("cifar", network, "short", name, each)
-            for each in seeds
-            for network in NETWORKS
-            for name in carried(rows, network)
-        ]
-        planned += [  # the best configuration on the datasets in between
-            Run(dataset, network, "short", carried(rows, network)[0], each)
-            for each in seeds
-            for network in NETWORKS
-            for dataset in DATASET_NAMES
-            if dataset not in LOADERS
-        ]
-    return planned + [
-        Run("fashion", network, "full", name, each)
-        for network in NETWORKS
-        for name in ("reference", *FINALISTS[network])
-        for each in range(seed, seed + NUM_SEEDS)
+def tuning_runs(plan, first_seed):
+    """Returns the runs on Fashion-MNIST: all configurations briefly, the finalists with the full training budget."""
+    return [
+        Run("fashion", network, "short", name, seed)
+        for seed in range(first_seed, first_seed + plan.NUM_SEEDS)
+        for network in CONFIGS
+        for name in configurations(network, plan)
+        if seed == first_seed or name not in plan.ONE_SEED[network]
+    ] + [
+        Run("fashion", network, "full", name, seed)
+        for network in CONFIGS
+        for name in ("reference", *plan.FINALISTS[network])
+        for seed in range(first_seed, first_seed + NUM_SEEDS)
     ]
 
 
-def full_length_folder(output_dir, dataset, network, name, seed):
-    """Where the checkpoints of a training at full length live: the experiments and `--train --resume` share them."""
-    plain = "".join(letter if letter.isalnum() else "_" for letter in name)
-    return output_dir / "runs" / SCRIPT / f"{dataset}_{network}_{plain}_seed_{seed}"
+def transfer_runs(plan, table, first_seed):
+    """Returns the short runs on the other datasets; which ones depends on the ranking in `table`."""
+    runs = []
+    for seed in range(first_seed, first_seed + plan.NUM_SEEDS):
+        for network in CONFIGS:
+            candidates = transfer_candidates(table, network, plan.NUM_TRANSFERRED)
+            runs += [Run("cifar", network, "short", name, seed) for name in candidates]
+            between = [name for name in plan.DATASETS if name not in LOADERS]  # where the best one alone is trained
+            runs += [Run(name, network, "short", candidates[0], seed) for name in between]
+    return runs
 
 
-def time_left(left, rows):
-    """Says how long the runs in `left` will take, going by the rows of the same kind; "" where there are none (str)."""
-    seconds = {}
-    for row in rows:
-        seconds.setdefault(run_of(row)[:3], []).append(float(row["seconds"]))
-    known = [np.mean(seconds[run[:3]]) for run in left if run[:3] in seconds]
-    if not known:
-        return ""
-    return f", {'about' if len(known) == len(left) else 'at least'} {sum(known) / 60:.0f} minutes"
+def transfer_candidates(table, network, count):
+    """Returns the names of the configurations to repeat on CIFAR-10: evenly spread over the ranking, best first."""
+    names = ranking(table, "fashion", network, "short").index
+    return list(names[np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)])
+
+
+def read_experiments(arguments):
+    """Returns the experiment table, a `pandas.DataFrame`; with `--load` that of the repository where there is none."""
+    path = results.recorded_path(arguments, f"{SCRIPT}_experiments.csv")
+    return results.read_table(path, numbers=("seconds", "validation_accuracy"), texts=Run._fields)
+
+
+def ranking(table, dataset, network, budget):
+    """Ranks configurations by their validation accuracy.
+
+    Returns a `pandas.DataFrame` indexed by name, the best one first, with the columns mean, std, seeds (number) and
+    accuracies (list, one per seed).
+    """
+    chosen = table[(table["dataset"] == dataset) & (table["network"] == network) & (table["budget"] == budget)]
+    groups = chosen.groupby("name", sort=False)["validation_accuracy"]
+    columns = {"mean": "mean", "std": standard_deviation, "seeds": "count", "accuracies": list}
+    return groups.agg(**columns).sort_values("mean", ascending=False, kind="stable")
+
+
+def compare_datasets(table, network):
+    """Returns the configurations trained briefly on both datasets, best on Fashion-MNIST first.
+
+    The columns of the `pandas.DataFrame` are fashion and cifar (mean accuracies) and rank (on CIFAR-10, from 1).
+    """
+    fashion, cifar = (ranking(table, dataset, network, "short")["mean"] for dataset in LOADERS)
+    both = fashion.to_frame("fashion").join(cifar.rename("cifar"), how="inner")
+    return both.assign(rank=both["cifar"].rank(ascending=False, method="first").astype(int))
 
 
 def run_experiments(arguments):
-    """Trains what `planned_runs` says, one row of the table for each, and judges it on the validation pictures."""
-    table = runs.experiments_table(arguments.output_dir, SCRIPT)
+    """Trains what the experiments plan, one row of the table for each run, and measures it on the validation images."""
+    plan = results.optional_module("experiments", SCRIPT)
+    if plan is None:
+        return
+    planned = tuning_runs(plan, arguments.seed)
+    if arguments.quick:  # one of each kind of network
+        planned = [run for run in planned if run[2:] == ("short", "reference", arguments.seed)]
+    perform(planned, plan, arguments)
+    if not arguments.quick:
+        perform(transfer_runs(plan, read_experiments(arguments), arguments.seed), plan, arguments)
+
+
+def perform(planned, plan, arguments):
+    """Performs those of the `planned` runs that the table lacks."""
+    path = results.table_path(arguments.output_dir, SCRIPT)
+    options = {"sample": arguments.sample, "quick": arguments.quick}
     loaded = {}
-    while True:
-        rows = runs.read_rows(table)
-        finished = {run_of(row) for row in rows}
-        planned = planned_runs(rows, arguments.seed)
-        left = [run for run in planned if run not in finished]
-        if arguments.quick:  # one of each kind of network
-            left = [run for run in left if run.name == "reference" and run.seed == arguments.seed]
-            left = [run for run in left if (run.dataset, run.budget) == ("fashion", "short")]
-        if not left:
-            break
-        run = left[0]
-        print(f"{len(left)} of {len(planned)} runs left{time_left(left, rows)}: {', '.join(map(str, run))}")
+    for values in results.unfinished(path, [run._asdict() for run in planned]):
+        run = Run(**values)
         if run.dataset not in loaded:
-            loaded[run.dataset] = load_splits(run.dataset, arguments.data_dir, arguments.quick)[0]
+            source, change, _ = plan.DATASETS[run.dataset]
+            loaded[run.dataset] = load_changed_splits(source, change, arguments.data_dir, **options)
         splits = loaded[run.dataset]
-        recipe, training = recipes(run.network)[run.name], splits["train"]
+        config, split = configurations(run.network, plan)[run.name], splits["train"]
         if run.budget == "short":
-            count = SHORT_PICTURES[run.network]
-            recipe = dataclasses.replace(recipe, epochs=SHORT_EPOCHS[run.network])
-            training = Split(*(array[:count] for array in training))
-        recipe = cli.with_flags(recipe, arguments)
-        folder = full_length_folder(arguments.output_dir, run.dataset, run.network, run.name, run.seed)
-        if run.budget == "short":
-            folder = folder.with_name("experiment")
+            short = plan.SHORT[run.network]
+            config = dataclasses.replace(config, epochs=short["epochs"])
+            split = LabelledImages(*(array[: short["images"]] for array in split))
+        config = cli.with_flags(config, arguments)
+        folder = arguments.output_dir / "runs" / SCRIPT / "experiment"
         try:
             network, curves, seconds = train_network(
-                recipe,
-                training,
-                run.seed,
-                folder=folder,
-                resume=run.budget == "full",
-                validation=splits["validation"],
+                config, split, run.seed, folder=folder, resume=False, validation=splits["validation"]
             )
             measured = {
-                "parameters": runs.parameter_counts(network)["trainable"],
+                "parameters": models.parameter_counts(network)["trainable"],
                 "seconds": round(seconds, 1),
                 "train_accuracy": round(curves["accuracy"][-1], 5),
                 "validation_accuracy": round(curves["val_accuracy"][-1], 5),
                 "validation_loss": round(curves["val_loss"][-1], 5),
             }
-        except runs.Diverged:  # a result, too: it can but guess
+        except training.Diverged:  # is a result: such a network can only guess
             guess = {"train_accuracy": 1 / NUM_CLASSES, "validation_accuracy": 1 / NUM_CLASSES}
-            measured = {"parameters": "", "seconds": 0, **guess, "validation_loss": "not a number"}
-        settings = {
-            field: " ".join(map(str, value)) if isinstance(value, tuple) else value
-            for field, value in dataclasses.asdict(recipe).items()
-        }
-        runs.append_row(table, {**run._asdict(), **settings, "pictures": len(training.images), **measured})
-    print(f"finished runs are in {table}")
+            measured = {"parameters": "", "seconds": 0, **guess, "validation_loss": ""}
+        results.append_row(path, {**values, **dataclasses.asdict(config), "images": len(split.images), **measured})
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
-
-SHOWN_BELOW_REFERENCE = 0.06  # accuracies that are further below the reference are drawn at the edge
+# ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def draw_factors(rows, network, folder):
-    """Every change of one thing, a point per seed, the reference as a line; settings far below it at the left edge."""
-    means = mean_accuracies(rows, "fashion", network, "short")
-    names = [name for name in recipes(network) if name in means]
-    figure, axes = plt.subplots(figsize=(9, 0.2 * len(names) + 1))
-    edge = means.get("reference", max(means.values())) - SHOWN_BELOW_REFERENCE
-    axes.axvline(edge + SHOWN_BELOW_REFERENCE, color=figures.GREY, linewidth=1)
-    best = list(means)[:5]
-    for place, name in enumerate(names):
-        if means[name] < edge:
-            axes.text(edge, place, f"◄ {means[name]:.1%}", color=figures.RED, va="center", fontsize=8)
-            continue
-        color = figures.GREEN if name in best else figures.BLUE
-        points = seed_accuracies(rows, "fashion", network, "short", name)
-        axes.scatter(np.maximum(points, edge), [place] * len(points), s=14, color=color)
-        axes.scatter(means[name], place, s=60, marker="|", color=color)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(edge - 0.002, max(means.values()) + 0.01))
-    axes.set_xlabel("validation accuracy, a point a seed; line: reference; green: best five")
-    axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.grid(True, axis="both")
-    axes.set_title(f"{network.upper()} on Fashion-MNIST: what mattered and what did not")
-    return figures.save(figure, folder / f"factors_{network}.png")
+def predict(network, images):
+    """Returns class probabilities, float32 (n, 10), for images in the uint8 range."""
+    return network.predict(images, batch_size=PREDICT_BATCH_SIZE, verbose=0)
 
 
-def draw_learning_curves(cards, folder):
-    """Accuracy over the epochs of reference and best network on Fashion-MNIST."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for panel, network in zip(axes, NETWORKS, strict=True):
-        for which, color in (("reference", figures.GREY), ("best", figures.BLUE)):
-            card = cards.get(f"fashion_{network}_{which}")
-            if card is None:
-                continue
-            for metric, style, label in (("accuracy", "--", "training"), ("val_accuracy", "-", "validation")):
-                values = card["curves"][metric]
-                panel.plot(range(1, len(values) + 1), values, style, color=color, label=f"{which}, {label}")
-        panel.set(xlabel="epoch", title=f"{network.upper()} on Fashion-MNIST", ylim=(0.8, 1.0))
-        panel.set_yticks(np.linspace(0.8, 1.0, 6))
-        panel.yaxis.set_major_formatter("{x:.0%}")
-        panel.legend(loc="lower right", fontsize=8)
-    axes[0].set_ylabel("accuracy")
-    return figures.save(figure, folder / "learning_curves.png")
+def classification_metrics(probabilities, labels):
+    """Returns accuracy (0 to 1) and mean cross-entropy."""
+    return {
+        "accuracy": float(np.mean(probabilities.argmax(1) == labels)),
+        "loss": float(log_loss(labels, probabilities, labels=range(NUM_CLASSES))),
+    }
 
 
-def draw_transfer(rows, folder):
-    """Rank on Fashion-MNIST against rank on CIFAR-10 of the configurations that were trained on both."""
-    figure, axes = plt.subplots(2, 1, figsize=(8.4, 7))
-    for panel, network in zip(axes, NETWORKS, strict=True):
-        cifar = mean_accuracies(rows, "cifar", network, "short")
-        fashion = mean_accuracies(rows, "fashion", network, "short")
-        names = [name for name in fashion if name in cifar]
-        ranks = [list(cifar).index(name) + 1 for name in names]
-        panel.plot([1, len(names)], [1, len(names)], color=figures.GREY, linewidth=1)
-        panel.scatter(range(1, len(names) + 1), ranks, color=figures.BLUE, s=40)
-        for place, name in enumerate(names, start=1):
-            label = f"{place}  {name}: {fashion[name]:.1%}, {cifar[name]:.1%}"
-            panel.plot([], [], " ", label=label)
-        panel.set(xlabel="rank on Fashion-MNIST", ylabel="rank on CIFAR-10", aspect="equal", anchor="W")
-        panel.set(xticks=range(1, len(names) + 1), yticks=range(1, len(names) + 1))
-        panel.grid(True, axis="both")
-        title = "rank on Fashion-MNIST, configuration, accuracy there and on CIFAR-10"
-        legend = {"handlelength": 0, "alignment": "left", "title": title, "title_fontsize": 9}
-        panel.legend(loc="center left", fontsize=9, bbox_to_anchor=(1.1, 0.5), **legend)
-        panel.set_title(f"{network.upper()}: rank correlation {rank_correlation(rows, network):.2f}")
-    return figures.save(figure, folder / "transfer.png")
+def evaluate(network, splits):
+    """Returns the metrics of a network on every part of `splits`: dict from part to dict."""
+    fast = models.for_prediction(network)
+    return {part: classification_metrics(predict(fast, split.images), split.labels) for part, split in splits.items()}
 
 
-def draw_between(rows, examples, folder):
-    """Accuracy of the best short configurations from Fashion-MNIST by way of our own datasets to CIFAR-10.
+def confident_mistakes(split, probabilities, class_names, count):
+    """Returns the misclassified images that the network is most confident of, and titles that name both classes."""
+    predicted = probabilities.argmax(1)
+    wrong = np.flatnonzero(predicted != split.labels)
+    chosen = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")[:count]]
+    titles = [f"{class_names[split.labels[index]]}\n{class_names[predicted[index]]}?" for index in chosen]
+    return split.images[chosen], titles
+
+
+def first_layer_kernels(network, count=16):
+    """Returns the weights of the first layer as images, each scaled to its own range: uint8 (count, ...)."""
+    layer = next(layer for layer in network.layers if isinstance(layer, (layers.Conv2D, layers.Dense)))
+    weights = np.asarray(layer.get_weights()[0])
+    if weights.ndim == 2:
+        weights = weights.reshape(*network.input_shape[1:], -1)
+    kernels = np.moveaxis(weights, -1, 0)[:count]
+    low, high = np.quantile(kernels, [0.01, 0.99], axis=(1, 2, 3), keepdims=True)
+    return np.rint(np.clip((kernels - low) / (high - low), 0, 1) * 255).astype("uint8")
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def summarise(cards, measured, table, plan):
+    """Returns what `report/results/fashion_cifar_mlp_cnn.json` holds.
 
     Args:
-        rows: list of dict of str, the experiment table.
-        examples: dict from the key of each dataset to pictures, uint8 (6, height, width, channels).
-        folder: `pathlib.Path` of the figure.
+        cards, measured: dicts from model to its card and to its metrics on the test images.
+        table: the experiment table.
+        plan: the module of experiments, or None.
     """
-    figure = plt.figure(figsize=(11, 3.8))
-    grid = figure.add_gridspec(len(DATASET_NAMES), 12)
-    axes = figure.add_subplot(grid[:, :6])
-    for network, color in zip(NETWORKS, (figures.GREY, figures.BLUE), strict=True):
-        best = next(iter(mean_accuracies(rows, "fashion", network, "short")))
-        for place, dataset in enumerate(DATASET_NAMES):
-            points = seed_accuracies(rows, dataset, network, "short", best)
-            axes.scatter(points, [place] * len(points), s=24, color=color, label=None if place else network.upper())
-    axes.set_yticks(range(len(DATASET_NAMES)), DATASET_NAMES.values())
-    axes.set(ylim=(len(DATASET_NAMES) - 0.5, -0.5), xlabel="validation accuracy after a short training, a point a seed")
-    axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.grid(True, axis="both")
-    axes.legend(loc="lower right", fontsize=8)
-    for place, dataset in enumerate(DATASET_NAMES):
-        for column, image in enumerate(examples[dataset]):
-            panel = figure.add_subplot(grid[place, 6 + column])
-            figures.picture(panel, image[..., 0] if image.shape[-1] == 1 else image)
-    axes.set_title("From Fashion-MNIST to CIFAR-10, one difficulty at a time")
-    return figures.save(figure, folder / "between.png")
-
-
-def draw_confusion(name, split, probabilities, class_names, folder):
-    """Which classes the best CNN of a dataset takes for which."""
-    counts = confusion_matrix(split.labels, probabilities.argmax(1), labels=range(NUM_CLASSES))
-    figure, axes = plt.subplots(figsize=(8.6, 8))
-    figures.confusion_matrix(axes, counts, class_names, f"{DATASET_NAMES[name]} test pictures, best CNN")
-    return figures.save(figure, folder / f"confusion_{name}.png")
-
-
-def draw_mistakes(shown, folder):
-    """The 14 test pictures of each dataset whose wrong class the best CNN is surest of.
-
-    Args:
-        shown: dict from dataset to `Split`, probabilities (n, 10) and class names.
-        folder: `pathlib.Path` of the figure.
-    """
-    figure = plt.figure(figsize=(10, 4.2 * len(shown)))
-    parts = np.atleast_1d(figure.subfigures(len(shown), 1))
-    for part, (name, (split, probabilities, class_names)) in zip(parts, shown.items(), strict=True):
-        answers = probabilities.argmax(1)
-        confidence = np.where(answers == split.labels, -1.0, probabilities.max(1))
-        for panel, index in zip(part.subplots(2, 7).flat, np.argsort(-confidence)[:14], strict=True):
-            image = split.images[index]
-            title = f"{class_names[split.labels[index]]}\n{class_names[answers[index]]}?"
-            figures.picture(panel, image[..., 0] if image.shape[-1] == 1 else image, title)
-        part.suptitle(f"{DATASET_NAMES[name]}: the most confident mistakes, truth above answer", x=0.01, ha="left")
-    return figures.save(figure, folder / "mistakes.png")
-
-
-def draw_filters(networks, folder):
-    """First-layer weights: 16 units of an MLP, 16 filters of CNNs, each scaled to its own range.
-
-    Args:
-        networks: dict from the title of a part to a restored network.
-        folder: `pathlib.Path` of the figure.
-    """
-    figure = plt.figure(figsize=(10, 1.15 * len(networks)))
-    for part, (title, network) in zip(figure.subfigures(len(networks), 1), networks.items(), strict=True):
-        first = next(layer for layer in network.layers if isinstance(layer, (layers.Conv2D, layers.Dense)))
-        weights = np.asarray(first.get_weights()[0])
-        if weights.ndim == 2:
-            weights = weights.reshape(*network.input_shape[1:], -1)
-        axes = part.subplots(1, 16)
-        for panel in axes:
-            panel.set_axis_off()
-        for panel, kernel in zip(axes, np.moveaxis(weights, -1, 0), strict=False):
-            low, high = np.quantile(kernel, [0.01, 0.99])
-            kernel = np.clip((kernel - low) / (high - low), 0, 1) * 255
-            figures.picture(panel, kernel[..., 0] if kernel.shape[-1] == 1 else kernel.astype("uint8"))
-        part.suptitle(title, x=0.01, ha="left")
-    return figures.save(figure, folder / "filters.png")
-
-
-# ---------------------------------------------------------------------------------------------------------------- main
-
-
-def rank_correlation(rows, network):
-    """Spearman's correlation between the accuracies of the same configurations on both datasets; nan without rows."""
-    cifar = mean_accuracies(rows, "cifar", network, "short")
-    fashion = mean_accuracies(rows, "fashion", network, "short")
-    shared = [name for name in cifar if name in fashion]
-    if len(shared) < 3:
-        return math.nan
-    return float(spearmanr([fashion[name] for name in shared], [cifar[name] for name in shared]).statistic)
-
-
-def train(arguments):
-    """Trains the wanted networks with several seeds each, and saves the first seed's with its card.
-
-    The test pictures are read after the last training has ended.
-    """
-    trained, loaded = [], {}
-    for model in [arguments.model] if arguments.model else MODELS:
-        dataset, network, name = plan(model)
-        if dataset not in loaded:
-            loaded[dataset] = load_splits(dataset, arguments.data_dir, arguments.quick)
-        splits, _ = loaded[dataset]
-        recipe = cli.with_flags(recipes(network)[name], arguments)
-        for seed in range(arguments.seed, arguments.seed + (1 if arguments.quick else NUM_SEEDS)):
-            print(f"{model} ({name}), seed {seed}")
-            folder = full_length_folder(arguments.output_dir, dataset, network, name, seed)
-            options = {"folder": folder, "resume": arguments.resume, "validation": splits["validation"]}
-            trained.append((model, seed, recipe, *train_network(recipe, splits["train"], seed, **options)))
-
-    cards = {}
-    for model, seed, recipe, network, curves, seconds in trained:
-        splits, dataset = loaded[plan(model)[0]]
-        metrics = {part: evaluate(network, split) for part, split in splits.items()}
-        if seed != arguments.seed:
-            cards[model]["seeds"].append({"seed": seed, **metrics})
-            continue
-        cards[model] = {
-            **runs.card(
-                SCRIPT,
-                model,
-                arguments,
-                recipe=recipe,
-                seed=seed,
-                dataset={
-                    "name": dataset.name,
-                    **{part: len(split.images) for part, split in splits.items()},
-                    "sha256": dataset.checksums,
-                },
-                pictures=len(splits["train"].images),
-                curves=curves,
-                seconds=seconds,
-            ),
-            "configuration": plan(model)[2],
-            "training_precision": runs.fast_precision() if recipe.filters else "float32",
-            "metrics": metrics,
-            "seeds": [{"seed": seed, **metrics}],
-        }
-    for model, seed, _, network, _, _ in trained:
-        if seed == arguments.seed:
-            runs.save_model(network, arguments.output_dir / "saved_models" / SCRIPT / f"{model}.keras", cards[model])
-
-
-def summarise(cards, measured, rows):
-    """Builds what `report/results/fashion_cifar_mlp_cnn.json` holds.
-
-    Args:
-        cards: dict from model name to its card.
-        measured: dict from model name to its metrics on the test pictures.
-        rows: list of dict of str, the experiment table.
-
-    Returns:
-        dict: `models` (configuration, test metrics of the saved network, accuracy in % as mean and standard deviation
-        of the seeds), `pictures` (how many each split has), `short` (what a short run is), `experiments` (validation
-        accuracy, 0 to 1, per dataset, network, budget and configuration: mean, standard deviation and number of the
-        seeds), `experiment_hours` and `transfer`.
-    """
-    models = {}
+    of_models, sizes = {}, {}
     for model, card in cards.items():
-        accuracies = {
-            part: [100 * run[part]["accuracy"] for run in card["seeds"]] for part in ("train", "validation", "test")
-        }
-        models[model] = {
+        parts = ("train", "validation", "test")
+        accuracies = {part: [100 * run[part]["accuracy"] for run in card["seeds"]] for part in parts}
+        of_models[model] = {
             "configuration": card["configuration"],
             "test": measured[model],
             "seeds": len(card["seeds"]),
@@ -910,97 +505,138 @@ def summarise(cards, measured, rows):
             "hardware": card["hardware"],
             "shortened": card["shortened"],
         }
+        sizes[MODELS[model][0]] = {part: card["dataset"][part] for part in parts}
     experiments, transfer = {}, {}
-    for dataset, network, budget in sorted({run_of(row)[:3] for row in rows}):
-        of_kind = experiments.setdefault(dataset, {}).setdefault(network, {}).setdefault(budget, {})
-        for name in mean_accuracies(rows, dataset, network, budget):
-            values = seed_accuracies(rows, dataset, network, budget, name)
-            of_kind[name] = {"mean": float(np.mean(values)), "std": standard_deviation(values), "seeds": len(values)}
-    for network in NETWORKS:
-        correlation = rank_correlation(rows, network)
-        if not math.isnan(correlation):
-            count = len(mean_accuracies(rows, "cifar", network, "short"))
-            transfer[network] = {"rank_correlation": correlation, "configurations": count}
+    for dataset, network, budget in sorted(set(zip(*(table[name] for name in Run._fields[:3]), strict=True))):
+        ranked = ranking(table, dataset, network, budget).drop(columns="accuracies")
+        experiments.setdefault(dataset, {}).setdefault(network, {})[budget] = ranked.to_dict("index")
+    for network in CONFIGS:
+        both = compare_datasets(table, network)
+        if len(both) > 2:
+            correlation = float(spearmanr(both["fashion"], both["cifar"]).statistic)
+            transfer[network] = {"rank_correlation": correlation, "configurations": len(both)}
+    short = plan.SHORT.items() if plan else ()
     return {
         "script": f"{SCRIPT}.py",
-        "models": models,
-        "pictures": {
-            plan(model)[0]: {part: card["dataset"][part] for part in ("train", "validation", "test")}
-            for model, card in cards.items()
-        },
-        "short": {
-            network: {"epochs": SHORT_EPOCHS[network], "pictures": SHORT_PICTURES[network]} for network in NETWORKS
-        },
+        "models": of_models,
+        "pictures": sizes,
+        "short": {network: {"epochs": each["epochs"], "pictures": each["images"]} for network, each in short},
         "experiments": experiments,
-        "experiment_hours": sum(float(row["seconds"]) for row in rows) / 3600,
+        "experiment_hours": float(table["seconds"].sum()) / 3600,
         "transfer": transfer,
     }
 
 
-def report(arguments):
-    """Restores the saved networks, measures them on the test pictures, writes results and figures."""
-    folder = runs.saved_models_folder(arguments.output_dir, SCRIPT)
-    print(f"models from {folder}")
-    networks, cards, measured, loaded = {}, {}, {}, {}
-    for model in [arguments.model] if arguments.model else MODELS:
-        dataset_name = plan(model)[0]
-        networks[model], cards[model] = runs.load_model(folder / f"{model}.keras")
-        if dataset_name not in loaded:
-            loaded[dataset_name] = load_splits(dataset_name, arguments.data_dir, arguments.quick)
-        splits, dataset = loaded[dataset_name]
-        measured[model] = evaluate(networks[model], splits["test"])
-        print(f"\n{model} ({cards[model]['configuration']}): {cards[model]['parameters']['trainable']:,} parameters")
-        runs.print_metrics(measured[model], cards[model])
-        if cards[model]["dataset"]["sha256"] != dataset.checksums:
-            print("note: the pictures differ from those that the recorded metrics were measured on")
-    print(f"\n{KNOWN_RESULTS}")
+def experiment_figures(plots, plan, table, summary, loaded, folder):
+    """Writes the figures of the experiments, as far as the table goes; returns their paths."""
+    written, ranked, between = [], {}, {}
+    for network in CONFIGS:
+        short = ranking(table, "fashion", network, "short")
+        if "reference" in short.index:
+            ordered = {name: short["accuracies"][name] for name in configurations(network, plan) if name in short.index}
+            title = f"Changes to the {network.upper()} of the book, on Fashion-MNIST"
+            path = folder / f"factors_{network}.png"
+            written.append(plots.draw_factors(ordered, short.index[:5], short["std"]["reference"], title, path))
+        if network in summary["transfer"]:
+            both = compare_datasets(table, network)
+            title = f"{network.upper()}: rank correlation {summary['transfer'][network]['rank_correlation']:.2f}"
+            ranked[title] = both[["rank", "fashion", "cifar"]]
+            between[network.upper()] = {
+                label: ranking(table, name, network, "short")["accuracies"].get(short.index[0], [])
+                for name, (_, _, label) in plan.DATASETS.items()
+            }
+    if len(ranked) < len(CONFIGS):
+        return written
+    written.append(plots.draw_transfer(ranked, folder / "transfer.png"))
+    examples = {}
+    for source, change, label in plan.DATASETS.values():
+        images, photographs = (loaded[name][0]["train"].images[:6] for name in (source, "cifar"))
+        examples[label] = change(images, photographs) if change else images
+    return [*written, plots.draw_between(between, examples, folder / "between.png")]
 
-    report_folder = arguments.output_dir / "report"
-    drawings = report_folder / "figures" / SCRIPT
-    rows = runs.read_rows(runs.experiments_table(arguments.output_dir, SCRIPT))
-    results_file = report_folder / "results" / f"{SCRIPT}.json"
-    results = summarise(cards, measured, rows)
-    if arguments.model and results_file.exists():  # the other models keep their results
-        earlier = json.loads(results_file.read_text())
-        results |= {key: {**earlier[key], **results[key]} for key in ("models", "pictures")}
-    write_json(results_file, results)
-    written = [results_file]
-    if rows:
-        written += [draw_factors(rows, network, drawings) for network in NETWORKS]
-    if any(row["dataset"] == "cifar" for row in rows):
-        examples = {
-            name: load_splits(name, arguments.data_dir, quick=True)[0]["train"].images[:6] for name in DATASET_NAMES
+
+def model_figures(plots, networks, cards, probabilities, loaded, folder):
+    """Writes the figures of the saved networks; returns their paths."""
+    curves = {
+        f"{kind.upper()} on Fashion-MNIST": {
+            name: [cards[f"fashion_{kind}_{model}"]["curves"][metric] for metric in ("accuracy", "val_accuracy")]
+            for name, model in (("book", "reference"), ("tuned", "best"))
         }
-        written += [draw_transfer(rows, drawings), draw_between(rows, examples, drawings)]
-    if not arguments.model:
-        shown = {}
-        for dataset_name, model in (("fashion", "fashion_cnn_best"), ("cifar", "cifar_cnn_1")):
-            splits, dataset = loaded[dataset_name]
-            probabilities = predict(networks[model], splits["test"].images)
-            shown[dataset_name] = (splits["test"], probabilities, dataset.class_names)
-            written.append(draw_confusion(dataset_name, splits["test"], probabilities, dataset.class_names, drawings))
-        filters = {
-            "Fashion-MNIST, reference MLP: what a hidden unit looks for": networks["fashion_mlp_reference"],
-            "Fashion-MNIST, reference CNN: first filters": networks["fashion_cnn_reference"],
-            "CIFAR-10, cifar_mlp_1": networks["cifar_mlp_1"],
-            "CIFAR-10, cifar_cnn_1: first filters": networks["cifar_cnn_1"],
-        }
-        written += [
-            draw_learning_curves(cards, drawings),
-            draw_mistakes(shown, drawings),
-            draw_filters(filters, drawings),
-        ]
-    print("\nwrote", *written, sep="\n  ")
+        for kind in CONFIGS
+    }
+    written = [plots.draw_learning_curves(curves, folder / "learning_curves.png")]
+    mistakes = {}
+    for dataset_key, model in (("fashion", "fashion_cnn_best"), ("cifar", "cifar_cnn_1")):
+        splits, dataset = loaded[dataset_key]
+        split, name = splits["test"], DATASET_NAMES[dataset_key]
+        predicted = probabilities[model].argmax(1)
+        counts = confusion_matrix(split.labels, predicted, labels=range(NUM_CLASSES))
+        title = f"Best CNN on {len(split.labels):,} test images of {name}"
+        path = folder / f"confusion_{dataset_key}.png"
+        written.append(plots.draw_confusion(counts, dataset.class_names, title, path))
+        title = f"{name}, best CNN: the most confident mistakes (true class, and below it the predicted one)"
+        mistakes[title] = confident_mistakes(split, probabilities[model], dataset.class_names, 14)
+    kernels = {
+        "Fashion-MNIST, the book's MLP: weights of 16 hidden units": "fashion_mlp_reference",
+        "Fashion-MNIST, the book's CNN: 16 filters of the first layer": "fashion_cnn_reference",
+        "CIFAR-10, MLP 1: weights of 16 hidden units": "cifar_mlp_1",
+        "CIFAR-10, CNN 1: 16 filters of the first layer": "cifar_cnn_1",
+    }
+    kernels = {title: first_layer_kernels(networks[model]) for title, model in kernels.items()}
+    return [
+        *written,
+        plots.draw_mistakes(mistakes, folder / "mistakes.png"),
+        plots.draw_filters(kernels, folder / "filters.png"),
+    ]
+
+
+def report(arguments):
+    """Restores the saved networks, measures them, and writes figures; returns the exit code.
+
+    Results are written after a training run, or to record what was measured.
+    """
+    models_folder = models.models_folder(arguments.output_dir, SCRIPT)
+    part = "sample" if arguments.sample else "test"
+    networks, cards, probabilities, measured, loaded, rows, written = {}, {}, {}, {}, {}, [], []
+    for model in [arguments.model] if arguments.model else MODELS:
+        dataset_key, _, _ = MODELS[model]
+        if dataset_key not in loaded:
+            options = {"sample": arguments.sample, "quick": arguments.quick}
+            loaded[dataset_key] = load_splits(dataset_key, arguments.data_dir, **options)
+        splits, dataset = loaded[dataset_key]
+        images, labels = splits["test"]
+        path = models_folder / f"{model}.keras"
+        networks[model], cards[model] = models.load_model(path, SCRIPT, images.shape[1:])
+        probabilities[model] = predict(models.for_prediction(networks[model]), images)
+        measured[model] = classification_metrics(probabilities[model], labels)
+        rows += results.compare(cards[model], measured[model], part=part, size=len(images), sha256=dataset.checksums)
+        if arguments.record:
+            results.record_metrics(path, **{part: (len(images), measured[model])})
+
+    table = read_experiments(arguments)
+    plan = results.optional_module("experiments", SCRIPT)
+    summary = summarise(cards, measured, table, plan)
+    if arguments.train or (arguments.record and not arguments.sample):
+        written.append(results.write_results(SCRIPT, arguments, summary, merged=("models", "pictures")))
+    plots = results.optional_module("plots", SCRIPT)
+    if plots and not arguments.model:  # the figures compare all models
+        folder = arguments.output_dir / "report" / "figures" / SCRIPT
+        if plan:
+            written += experiment_figures(plots, plan, table, summary, loaded, folder)
+        written += model_figures(plots, networks, cards, probabilities, loaded, folder)
+    return results.conclude(SCRIPT, arguments, rows, written)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
-    arguments = cli.parse(cli.parser(__doc__, MODELS), argv)
+    arguments = cli.parse(cli.parser(__doc__, list(MODELS)), argv)
     if arguments.experiments:
-        run_experiments(arguments)
-        return
+        return run_experiments(arguments)
     if arguments.train:
         train(arguments)
-    report(arguments)
+    return report(arguments)
 
 
 if __name__ == "__main__":
