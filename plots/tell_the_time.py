@@ -1,0 +1,139 @@
+"""The figures of tell_the_time.py."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from common import figures
+
+FLOOR = 0.05  # minutes; smaller errors are drawn here on a logarithmic axis
+
+
+def _clock_text(minutes):
+    hour, minute = divmod(round(float(minutes)) % 720, 60)
+    return f"{hour}:{minute:02d}"
+
+
+def _draw_clocks(images, true, predicted, errors, title, path):
+    titles = [f"{_clock_text(a)} → {_clock_text(b)}" for a, b in zip(true, predicted, strict=True)]
+    colors = [figures.RED if error > 5 else figures.BLACK for error in errors]
+    return figures.save(figures.image_grid(images, 8, titles, colors, title), path)
+
+
+def draw_predictions(images, true, predicted, errors, chosen, path):
+    """Test clocks with their true and predicted times in minutes; `chosen` are the indices of those to show."""
+    title = "Test clocks, not selected: true time → predicted time"
+    return _draw_clocks(images[chosen], true[chosen], predicted[chosen], errors[chosen], title, path)
+
+
+def draw_worst(images, true, predicted, errors, chosen, path):
+    """As `draw_predictions`, for the largest errors."""
+    title = f"The {len(chosen)} largest errors of {len(images):,} test clocks: true time → predicted time"
+    return _draw_clocks(images[chosen], true[chosen], predicted[chosen], errors[chosen], title, path)
+
+
+def draw_rendered(images, minutes, path):
+    """Rendered clocks with their times."""
+    title = "Rendered clocks, not selected, with their times"
+    return figures.save(figures.image_grid(images, 8, [_clock_text(each) for each in minutes], title=title), path)
+
+
+def draw_hours(counts, path):
+    """Confusion matrix of the hours; `counts` is int (12, 12)."""
+    figure, axes = plt.subplots(figsize=(7.6, 7.2))
+    title = f"{counts.trace() / counts.sum():.1%} of the hours are correct, 150 x 150 pixels"
+    figures.confusion_matrix(axes, counts, list(range(12)), title, names=("true hour", "predicted hour"))
+    return figures.save(figure, path)
+
+
+def draw_representations(errors, cards, labels, path):
+    """Distribution of the errors of each representation, in minutes, with the cost of its training from the cards."""
+    figure, axes = plt.subplots(figsize=(10, 0.46 * len(labels) + 1.2))
+    columns = (3.05, 3.55, 4.15, 4.85)  # right edges, in decades
+    for place, (values, card) in enumerate(zip(errors, cards, strict=True)):
+        mean, median = np.mean(values), np.median(values)
+        logarithms = np.log10(np.maximum(values, FLOOR))
+        parts = axes.violinplot(logarithms, [place], orientation="horizontal", widths=0.85, showextrema=False)
+        parts["bodies"][0].set(facecolor=figures.BLUE, alpha=0.45)
+        axes.plot(np.log10(max(median, FLOOR)), place, "|", color=figures.BLACK, markersize=11)
+        axes.plot(np.log10(max(mean, FLOOR)), place, "o", color=figures.RED, markersize=5)
+        cost = f"{card['seconds'] / 60:.1f} min", f"{card['parameters']['trainable'] / 1000:.0f} k"
+        for column, text in zip(columns, (f"{median:.1f}", f"{mean:.1f}", *cost), strict=True):
+            axes.text(column, place, text, ha="right", va="center", fontsize=9)
+    for column, text in zip(columns, ("median", "mean", "training", "parameters"), strict=True):
+        axes.text(column, -0.8, text, ha="right", va="center", fontsize=9, color=figures.GREY)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xticks([np.log10(FLOOR), -1, 0, 1, 2, np.log10(360)], [f"≤ {FLOOR:g}", "0.1", "1", "10", "100", "360"])
+    axes.set(xlim=(-1.4, np.log10(360)), ylim=(len(labels) - 0.4, -1.2), xlabel="common-sense error in minutes")
+    axes.grid(True, axis="x")
+    axes.set_title("Errors on test clocks of 75 x 75 pixels: median (|) and mean (dot)")
+    return figures.save(figure, path)
+
+
+def draw_error_by_time(errors, minutes, labels, path):
+    """Error in minutes of every test clock over its true time, one panel per representation."""
+    columns = min(len(labels), 4)
+    rows = -(-len(labels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(11, 2.1 * rows + 0.6), sharex=True, sharey=True, squeeze=False)
+    for panel, values, label in zip(axes.flat, errors, labels, strict=False):
+        panel.plot(minutes / 60, values, ".", color=figures.BLUE, markersize=3, alpha=0.35, markeredgewidth=0)
+        panel.set_title(label, fontsize=9)
+        panel.set_yscale("symlog", linthresh=1)
+        panel.set(xlim=(0, 12), ylim=(-0.1, 400))
+        panel.set_xticks(range(0, 13, 3))
+        panel.set_yticks([0, 1, 10, 100, 360], ["0", "1", "10", "100", "360"])
+        panel.tick_params(labelbottom=True)
+    for panel in axes.flat[len(labels) :]:
+        panel.set_axis_off()
+    figure.supxlabel("true time in hours", fontsize=10)
+    figure.supylabel("common-sense error in minutes", fontsize=10)
+    figure.suptitle("Error of each test clock of 75 x 75 pixels over the time that it shows", x=0.01, ha="left")
+    return figures.save(figure, path)
+
+
+def draw_learning_curves(curves, labels, path):
+    """Losses, and errors in minutes on the validation images, of one network per representation, the best one first."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2))
+    styles = [style + color for style in ("-", ":") for color in figures.COLORS]
+    right.set(yscale="log", ylim=(1, 400))
+    lowest = 0
+    ends = []
+    for of_network, label, style in zip(curves, labels, styles, strict=False):
+        epochs = np.arange(1, len(of_network["loss"]) + 1)
+        left.plot(epochs, of_network["val_loss"], style[0], color=style[1:])
+        right.plot(epochs, of_network["validation_minutes"], style[0], color=style[1:])
+        ends.append((of_network["validation_minutes"][-1], label, style[1:]))
+    best = curves[0]["loss"]
+    left.plot(np.arange(1, len(best) + 1), best, "--", color=figures.COLORS[0], label=f"training loss: {labels[0]}")
+    for value, label, color in sorted(ends):  # labels keep apart, each joined to the end of its line
+        height = np.log(max(value, 1)) / np.log(400)
+        lowest = max(lowest + 0.06, height)
+        right.annotate(
+            label,
+            (len(best), value),
+            (1.05, lowest),
+            textcoords="axes fraction",
+            va="center",
+            color=color,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3},
+        )
+    left.set(yscale="log", xlabel="epoch", ylabel="loss on validation images, each in its own units")
+    right.set(xlabel="epoch", ylabel="mean common-sense error on validation images in minutes")
+    right.yaxis.set_major_formatter("{x:g}")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(loc="upper right")
+    left.set_title("Losses of different targets cannot be compared")
+    right.set_title("The common-sense error can")
+    return figures.save(figure, path)
+
+
+def draw_experiments(values, noise, path):
+    """Mean validation error of every experiment; `values` is a dict from its name to one error per seed."""
+    figure, axes = plt.subplots(figsize=(8, 0.34 * len(values) + 1.2))
+    label = "mean common-sense error on validation images in minutes"
+    figures.experiments(axes, values, "baseline", label, noise)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_title("Both hands on circles, 4 epochs: one change at a time")
+    return figures.save(figure, path)
