@@ -89,7 +89,7 @@ def compare(card, measured, *, part, size, sha256):
 def _checksums_of(part, sha256):
     """The checksums of the arrays of one part where they are told apart, else all; other arrays do not matter."""
     if isinstance(sha256, dict):
-        return {name: value for name, value in sha256.items() if name.startswith(f"{part}_")} or sha256
+        return {name: value for name, value in sha256.items() if name.split("_")[0] == part} or sha256
     return sha256
 
 

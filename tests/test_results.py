@@ -86,9 +86,11 @@ def test_only_the_same_images_are_compared(part, size, sha256, compared, capsys)
     assert ("not compared" in capsys.readouterr().out) is not compared
 
 
-@pytest.mark.parametrize(("name", "compared"), [("train_images", True), ("test_images", False)])
+@pytest.mark.parametrize(
+    ("name", "compared"), [("train_images", True), ("test_images", False), ("train", True), ("test", False)]
+)
 def test_only_the_checksums_of_the_measured_part_count(name, compared):
-    recorded = {"train_images": "a", "test_images": "b"}
+    recorded = {"train_images": "a", "test_images": "b"} if "_" in name else {"train": "a", "test": "b"}
     dataset = {"test": 100, "sha256": recorded}
     here = {**recorded, name: "c"}
     (row,) = results.compare(card(dataset=dataset), {"accuracy": 0.5}, part="test", size=100, sha256=here)
