@@ -1,117 +1,144 @@
-"""The figures of addnist_classifier.py."""
+"""The figures of addnist_classifier.py: what they alone need is selected and counted here, all else is handed in."""
 
-from matplotlib import pyplot as plt
+import matplotlib.pyplot as plt
+import numpy as np
 
 from common import figures
 
 MODEL_COLORS = {"shared": figures.BLUE, "ordinary": figures.ORANGE}
-CHANNEL_NAMES = ("red", "green", "blue")
+CURVE_STYLES = {
+    "train_accuracy": ("training", ":"),
+    "valid_accuracy": ("validation", "--"),
+    "test_accuracy": ("test", "-"),
+}
+
+
+def draw(compared, splits, predicted, curves, folder):
+    """Draws every figure into `folder` and returns their paths.
+
+    Args:
+        compared: dict, what `compare` in experiments/ returned; may be empty.
+        splits: dict of `Split`, of which "train" and "test" are shown.
+        predicted: dict from network to what it says of "test": log probabilities (n, 20), and digits (n, 3) or None.
+        curves: dict from network to the learning curves on its card.
+    """
+    test = splits["test"]
+    written = [draw_samples(splits["train"], folder / "samples.png")]
+    if len(curves) == len(MODEL_COLORS):  # both networks share a figure
+        written.append(draw_curves(curves, folder / "curves.png"))
+    for model, (classes, digits) in predicted.items():
+        written.append(draw_confusion(test.labels, classes.argmax(1), model, folder / f"confusion_{model}.png"))
+        if model == "shared":
+            written.append(draw_mistakes(test, classes, folder / "mistakes.png"))
+        if digits is not None and test.digits is not None:
+            written.append(draw_digits(test.digits, digits, folder / "digits.png"))
+    if compared:
+        written.append(draw_scaling(compared, folder / "scaling.png"))
+        written.append(draw_experiments(compared, folder / "experiments.png"))
+    return written
 
 
 def as_rgb(image, channel=None):
-    """(3, 28, 28) to (28, 28, 3), with black in place of the other channels where one is named."""
-    image = image.copy()
-    for other in range(3):
-        if channel not in (None, other):
-            image[other] = 0
-    return image.transpose(1, 2, 0)
+    """(3, 28, 28) to (28, 28, 3), with black in place of the other channels where one is given."""
+    kept = image if channel is None else image * (np.arange(3) == channel)[:, None, None].astype("uint8")
+    return np.moveaxis(kept, 0, -1)
 
 
-def draw_samples(images, labels, digits, path):
-    """Items as the network sees them, and below each its three channels.
+def counts_of(truth, predicted, size):
+    return np.bincount(truth.ravel() * size + predicted.ravel(), minlength=size**2).reshape(size, size)
 
-    `images` are uint8 (n, 3, 28, 28), `labels` (n,), `digits` (n, 3) or None.
-    """
-    figure, axes = plt.subplots(4, len(images), figsize=(10, 4.7))
-    for column, image in enumerate(images):
-        figures.show_image(axes[0, column], as_rgb(image), f"class {labels[column]}")
-        for channel, name in enumerate(CHANNEL_NAMES):
-            title = name if digits is None else f"{name} {digits[column][channel]}"
-            figures.show_image(axes[1 + channel, column], as_rgb(image, channel), title)
-    figure.suptitle("Training items and their channels: class = red + green + blue - 1", x=0.01, ha="left")
-    return figures.save(figure, path)
+
+def draw_samples(train, path):
+    """The first training items, and below each its three channels."""
+    images, titles = [], []
+    for channel in (None, 0, 1, 2):
+        images += [as_rgb(image, channel) for image in train.images[:10]]
+        if channel is None:
+            titles += [f"class {label}" for label in train.labels[:10]]
+        else:
+            titles += [""] * 10 if train.digits is None else [str(digit) for digit in train.digits[:10, channel]]
+    title = "Training items and their channels: class = red + green + blue - 1"
+    return figures.save(figures.image_grid(images, 10, titles, title=title), path)
 
 
 def draw_curves(curves, path):
-    """Accuracy and loss over the steps; `curves` is a dict from network to the curves of its card."""
+    """Accuracy and loss over the optimisation steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    styles = {"train_accuracy": ":", "valid_accuracy": "--", "test_accuracy": "-"}
-    for model, of_model in curves.items():
-        for (name, style), part in zip(styles.items(), ("training", "validation", "test"), strict=True):
-            color, label = MODEL_COLORS[model], f"{model}, {part}"
-            left.plot(of_model["step"], of_model[name], style, color=color, label=label)
-        right.plot(of_model["step"], of_model["loss"], color=MODEL_COLORS[model], label=model)
-    left.set(xlabel="optimisation step", ylabel="accuracy", ylim=(0.8, 1))
+    for model, color in MODEL_COLORS.items():
+        steps = curves[model]["step"]
+        for name, (part, style) in CURVE_STYLES.items():
+            left.plot(steps, curves[model][name], style, color=color, label=f"{model}, {part}")
+        right.plot(steps, curves[model]["loss"], color=color, label=model)
+    lowest = min(of_model["test_accuracy"][len(of_model["step"]) // 8] for of_model in curves.values())
+    left.set(xlabel="optimisation step", ylabel="accuracy", ylim=(max(0, lowest - 0.02), 1.002))
     left.yaxis.set_major_formatter("{x:.0%}")
     left.legend(loc="lower right")
     left.set_title("Accuracy of the averaged weights")
-    right.set(xlabel="optimisation step", ylabel="cross-entropy of the augmented training items", yscale="log")
-    figures.label_lines(right)
+    right.set(xlabel="optimisation step", ylabel="cross-entropy of augmented items", yscale="log")
     right.set_title("Training loss")
+    figures.label_lines(right)
     return figures.save(figure, path)
 
 
-def draw_confusion(counts, model, path):
-    """Confusion matrix of the classes; `counts` is int (20, 20)."""
+def draw_confusion(truth, predicted, model, path):
+    """Which classes are taken for which."""
     figure, axes = plt.subplots(figsize=(7.5, 7.5))
-    correct = counts.trace() / counts.sum()
-    title = f"{model.capitalize()} network: {correct:.2%} of the test items correct"
-    figures.confusion_matrix(axes, counts, range(20), title)
+    title = f"{model.capitalize()} network: {np.mean(truth == predicted):.2%} of the test items correct (counts)"
+    figures.confusion_matrix(axes, counts_of(truth, predicted, 20), range(20), title)
     return figures.save(figure, path)
 
 
-def draw_mistakes(images, labels, predicted, digits, path):
-    """Mistakes: items, uint8 (n, 3, 28, 28), their classes, predicted ones, and digits (n, 3) or None."""
-    figure, axes = plt.subplots(2, 10, figsize=(10, 3))
-    for panel in axes.flat:
-        panel.set_axis_off()
-    for number, (panel, image) in enumerate(zip(axes.flat, images, strict=False)):
-        sums = "" if digits is None else " + ".join(map(str, digits[number])) + "\n"
-        figures.show_image(panel, as_rgb(image), f"{sums}{labels[number]}, not {predicted[number]}", figures.RED)
-    figure.suptitle("The most confident mistakes on test items: digits, true class, predicted class", x=0.01, ha="left")
+def draw_digits(truth, predicted, path):
+    """Which digits the shared network recognises in single channels."""
+    figure, axes = plt.subplots(figsize=(7, 7))
+    title = f"{np.mean(truth == predicted):.2%} of the digits recognised, without a label of any"
+    names = ("digit in the channel", "digit recognised")
+    figures.confusion_matrix(axes, counts_of(truth, predicted, 10), range(10), title, names)
     return figures.save(figure, path)
 
 
-def draw_digits(counts, path):
-    """Confusion matrix of the digits that the shared network sees in single channels; `counts` is int (10, 10)."""
-    figure, axes = plt.subplots(figsize=(6, 6))
-    correct = counts.trace() / counts.sum()
-    title = f"{correct:.2%} of the digits are recognised, without a label of any"
-    figures.confusion_matrix(
-        axes, counts, list(range(len(counts))), title, ("digit in the channel", "digit recognised")
-    )
-    return figures.save(figure, path)
+def draw_mistakes(test, classes, path):
+    """The 20 mistakes with the highest probability of the predicted class."""
+    predicted = classes.argmax(1)
+    wrong = np.flatnonzero(predicted != test.labels)
+    wrong = wrong[np.argsort(-classes[wrong].max(1))][:20]
+    sums = [""] * len(wrong) if test.digits is None else [" + ".join(map(str, test.digits[i])) + "\n" for i in wrong]
+    titles = [f"{text}{test.labels[i]}, not {predicted[i]}" for text, i in zip(sums, wrong, strict=True)]
+    title = "Most confident mistakes of the shared network on test items: digits; class, not the predicted one"
+    images = [as_rgb(test.images[i]) for i in wrong]
+    return figures.save(figures.image_grid(images, 10, titles, [figures.RED] * len(wrong), title=title), path)
 
 
 def draw_scaling(compared, path):
-    """Validation accuracy against the number of parameters and of steps.
-
-    `compared` is what `compare_experiments` of the script returns.
-    """
+    """Validation accuracy against the number of parameters and of steps, where nothing else is changed."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    sizes = {"parameters": ("widths", "Filters of the encoders varied"), "steps": ("steps", "Training steps varied")}
-    for panel, (column, (field, title)) in zip(panels, sizes.items(), strict=True):
+    texts = {
+        "parameters": ("widths", "parameters", "More filters"),
+        "steps": ("steps", "optimisation steps", "More steps"),
+    }
+    for panel, (column, (field, label, title)) in zip(panels, texts.items(), strict=True):
         for model, color in MODEL_COLORS.items():
             of_model = [found for name, found in compared.items() if name.startswith(f"{model}, ")]
             alone = [found for found in of_model if found["changed"] in ([], [field])]
             points = sorted((found[column], found["valid_accuracy"]) for found in alone)
             if points:
-                panel.plot(*zip(*points, strict=True), "o-", color=color, label=model)
-        panel.set(xscale="log", xlabel="parameters" if column == "parameters" else "optimisation steps", title=title)
+                panel.plot(*zip(*points, strict=True), "o-", color=color, label=f"{model} network")
+        panel.set(xscale="log", xlabel=label, title=title)
         panel.yaxis.set_major_formatter("{x:.0%}")
-        panel.legend(loc="lower right")
     panels[0].set_ylabel("validation accuracy")
+    panels[0].legend(loc="lower right")
     return figures.save(figure, path)
 
 
 def draw_experiments(compared, path):
-    """What each part is worth: validation accuracy of the variants that do not vary filters or steps alone."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 3.6))
+    """Validation accuracy of the variants that change more than the number of filters or steps."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3.4))
     for panel, model in zip(panels, MODEL_COLORS, strict=True):
-        of_model = {name.partition(", ")[2]: found for name, found in compared.items() if name.startswith(f"{model}, ")}
-        values = {
-            n: found["values"] for n, found in of_model.items() if found["changed"] not in (["widths"], ["steps"])
-        }
+        of_model = {name.partition(", ")[2]: e for name, e in compared.items() if name.startswith(f"{model}, ")}
+        values = {name: e["values"] for name, e in of_model.items() if e["changed"] not in (["widths"], ["steps"])}
+        if not values:
+            panel.set_axis_off()
+            continue
         noise = of_model["baseline"]["noise"] if "baseline" in of_model else None
         figures.experiments(panel, values, "baseline", "validation accuracy", noise, percent=True)
         panel.set_title(f"{model.capitalize()} network")
