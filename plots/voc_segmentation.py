@@ -79,7 +79,7 @@ def draw_extremes(test, probability, chosen, iou, path):
 
 
 def draw_disagreement(test, probability, chosen, dice, boundary, path):
-    """The test images whose overlap and outline are judged most differently."""
+    """The test images whose overlap and outline rank most differently."""
     title = "Test images that overlap (Dice) and outline (boundary F-score) rank most differently"
     notes = [f"Dice {dice[number]:.2f}, boundary {boundary[number]:.2f}" for number in chosen]
     return draw_predictions(test, {"unet_bilinear": probability}, chosen, title, path, notes)
