@@ -20,7 +20,6 @@ border that annotators left undecided and the padding to a square, count neither
 from common import startup  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import keras
@@ -181,10 +180,7 @@ def build_encoder_decoder(inputs):
 
 
 def build_mobilenet_unet(inputs, widths):
-    """A U-Net decoder on MobileNetV2 (Sandler et al. 2018), pretrained on ImageNet; otherwise as `build_unet`.
-
-    Raises `UserError` where the weights of the encoder cannot be downloaded.
-    """
+    """A U-Net decoder on MobileNetV2 (Sandler et al. 2018), pretrained on ImageNet; otherwise as `build_unet`."""
     try:
         encoder = keras.applications.MobileNetV2(
             input_tensor=inputs, input_shape=INPUT_SHAPE, include_top=False, weights="imagenet"
@@ -468,10 +464,7 @@ def evaluate(network, examples):
 
 
 def baselines(examples, test):
-    """Metrics of predictions without a network: all background, all foreground, the average training mask.
-
-    The average mask is cut at the height that gives the best foreground IoU on `examples`, the training images.
-    """
+    """Metrics without a network; the average mask of `examples` is cut where its foreground IoU on them is best."""
     valid = examples.masks != VOID
     truth = (examples.masks != BACKGROUND) & valid
     average = truth.sum(axis=0) / np.maximum(valid.sum(axis=0), 1)
@@ -499,8 +492,7 @@ def dominant_class(masks):
 
 def run_experiments(arguments):
     """Trains what experiments/voc_segmentation.py plans, and measures it on the validation images."""
-    plan = results.optional_module("experiments", SCRIPT)
-    if plan is None:
+    if not (plan := results.optional_module("experiments", SCRIPT)):
         return
     parts, _ = load_data(arguments)
     table = results.table_path(arguments.output_dir, SCRIPT)
@@ -569,10 +561,9 @@ def report(arguments):
     summary, written = summarise(cards, measured, references, table), []
     if arguments.train or (arguments.record and not arguments.sample):
         written.append(results.write_results(SCRIPT, arguments, summary))
-    plots = results.optional_module("plots", SCRIPT)
-    if plots:
-        folder = arguments.output_dir / "report" / "figures" / SCRIPT
-        written += draw_figures(plots, parts, probabilities, cards, table, folder)
+    if plots := results.optional_module("plots", SCRIPT):
+        figures = arguments.output_dir / "report" / "figures" / SCRIPT
+        written += draw_figures(plots, parts, probabilities, cards, table, figures)
     return results.conclude(SCRIPT, arguments, rows, written)
 
 
@@ -646,7 +637,7 @@ def main(argv=None):
     if arguments.predict:
         path = models.models_folder(arguments.output_dir, SCRIPT) / f"{arguments.model or 'unet_bilinear'}.keras"
         network = models.for_prediction(models.load_model(path, SCRIPT, INPUT_SHAPE)[0])
-        return 0 if predict_each(arguments.predict, functools.partial(predict_file, network)) else 2
+        return 0 if predict_each(arguments.predict, lambda file: predict_file(network, file)) else 2
     if arguments.experiments:
         return run_experiments(arguments)
     if arguments.train:

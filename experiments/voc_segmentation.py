@@ -12,5 +12,5 @@ EXPERIMENTS = {
     "learning rate 0.0003": {"learning_rate": 3e-4},
     "learning rate 0.003": {"learning_rate": 3e-3},
 }
-# Five seeds of the baseline show how much results vary by chance; a difference is judged on two.
+# Five seeds of the baseline show how much results vary by chance; variants have two.
 RUNS = [(name, seed) for name in EXPERIMENTS for seed in range(5 if name == "baseline" else 2)]

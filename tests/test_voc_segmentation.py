@@ -345,10 +345,10 @@ def test_train_writes_cards_results_and_figures(quick):
         assert card["metrics"]["sample"] == card["metrics"]["test"] == trained["models"][model]["test"]
         assert card["dataset"]["sample"] == 24
         assert card["kept_epoch"] == 1
-    drawings = output_dir / "report" / "figures" / task.SCRIPT
+    folder = output_dir / "report" / "figures" / task.SCRIPT
     figures = ("data", "predictions", "best_and_worst", "disagreement", "upsampling", "classes", "precision_recall")
     for figure in (*figures, "learning_curves"):
-        assert (drawings / f"{figure}.png").stat().st_size > 10_000
+        assert (folder / f"{figure}.png").stat().st_size > 10_000
 
 
 def test_load_reproduces_the_metrics_of_train_and_records_nothing(quick, monkeypatch):
@@ -456,6 +456,15 @@ def test_saved_model_is_what_its_card_says(model, sample):
     rebuilt.set_weights(network.get_weights())
     few = sample["test"].images[:2]
     assert np.allclose(rebuilt(few), network(few), atol=1e-6)
+
+
+def test_results_are_what_cards_and_experiments_say():
+    recorded = json.loads((REPOSITORY / "report" / "results" / f"{task.SCRIPT}.json").read_text())
+    cards = {model: models.read_card(SAVED / f"{model}.keras") for model in task.FROM_SCRATCH}
+    measured = {model: card["metrics"]["test"] for model, card in cards.items()}
+    path = results.table_path(REPOSITORY, task.SCRIPT)
+    table = results.read_table(path, numbers=task.METRICS, texts=("name", "seed", "epochs"))
+    assert task.summarise(cards, measured, recorded["references"], table) == recorded
 
 
 def test_saved_models_are_small_together():
