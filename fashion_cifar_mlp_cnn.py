@@ -441,7 +441,8 @@ def perform(planned, plan, arguments):
 
 def predict(network, images):
     """Returns class probabilities, float32 (n, 10), for images in the uint8 range."""
-    return network.predict(images, batch_size=PREDICT_BATCH_SIZE, verbose=0)
+    fast = models.for_prediction(network, len(images))
+    return fast.predict(images, batch_size=PREDICT_BATCH_SIZE, verbose=0)
 
 
 def classification_metrics(probabilities, labels):
@@ -454,8 +455,9 @@ def classification_metrics(probabilities, labels):
 
 def evaluate(network, splits):
     """Returns the metrics of a network on every part of `splits`: dict from part to dict."""
-    fast = models.for_prediction(network)
-    return {part: classification_metrics(predict(fast, split.images), split.labels) for part, split in splits.items()}
+    return {
+        part: classification_metrics(predict(network, split.images), split.labels) for part, split in splits.items()
+    }
 
 
 def confident_mistakes(split, probabilities, class_names, count):
@@ -609,7 +611,7 @@ def report(arguments):
         images, labels = splits["test"]
         path = models_folder / f"{model}.keras"
         networks[model], cards[model] = models.load_model(path, SCRIPT, images.shape[1:])
-        probabilities[model] = predict(models.for_prediction(networks[model]), images)
+        probabilities[model] = predict(networks[model], images)
         measured[model] = classification_metrics(probabilities[model], labels)
         rows += results.compare(cards[model], measured[model], part=part, size=len(images), sha256=dataset.checksums)
         if arguments.record:

@@ -459,7 +459,7 @@ def measure(probability, masks):
 
 def evaluate(network, examples):
     """Returns the metrics of `measure` and `checkerboard` (dict of float) and the probabilities of `examples`."""
-    probability = predict(models.for_prediction(network), examples.images)
+    probability = predict(models.for_prediction(network, len(examples.images)), examples.images)
     return {**measure(probability, examples.masks), "checkerboard": checkerboard(probability)}, probability
 
 

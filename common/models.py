@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.files import read_json, replacing, sha256, write_error, write_json
 from common.training import count_steps, fast_precision
 
+FEW_IMAGES = 500  # from so many on, predictions are worth the preparation of a faster network
 PACKAGES = ("keras", "tensorflow", "jax", "numpy", "scikit-learn")
 RESTORE = "restore it with `git checkout`, or make it with --train"
 CARD_FIELDS = {  # what every card must have, and its type
@@ -212,14 +213,14 @@ def round_weights(model, precision="float16"):
     set_weights(model, [rounded(each) if each.dtype == "float32" else each for each in model.get_weights()])
 
 
-def for_prediction(model):
+def for_prediction(model, num_images=FEW_IMAGES):
     """Returns a copy of a float32 `model` whose convolutions compute as `fast_precision` says.
 
     Everything else, and the weights, stay float32. Predictions differ from those of `model` by rounding, in about the
-    third digit.
+    third digit. Metrics on fewer than `FEW_IMAGES` would show that, so for so few it is `model` itself.
     """
     precision = fast_precision()
-    if precision == "float32":
+    if num_images < FEW_IMAGES or precision == "float32":
         return model
 
     def copy(layer):

@@ -160,6 +160,7 @@ def test_model_for_prediction_differs_by_rounding(monkeypatch):
     assert fast.layers[-1].compute_dtype == "float32"
     difference = np.abs(fast.predict(batch, verbose=0)["value"] - expected).max()
     assert 0 < difference < 0.02
+    assert models.for_prediction(model, num_images=250) is model
     monkeypatch.setattr(models, "fast_precision", lambda: "float32")
     assert models.for_prediction(model) is model
 
