@@ -612,7 +612,7 @@ def report(arguments):
         if arguments.record:
             results.record_metrics(folder / f"{name}.json", **{part: (len(images), measured[name])})
 
-    experiments = read_experiments(results.table_path(arguments.output_dir, SCRIPT))
+    experiments = read_experiments(results.recorded_path(arguments, f"{SCRIPT}_experiments.csv"))
     written = []
     if arguments.train or (arguments.record and not arguments.sample):
         written.append(results.write_results(SCRIPT, arguments, summarise(cards, measured, experiments)))

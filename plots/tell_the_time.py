@@ -40,7 +40,7 @@ def draw_rendered(images, minutes, path):
 def draw_hours(counts, path):
     """Confusion matrix of the hours; `counts` is int (12, 12)."""
     figure, axes = plt.subplots(figsize=(7.6, 7.2))
-    title = f"{counts.trace() / counts.sum():.1%} of the hours are correct, 150 x 150 pixels"
+    title = f"{100 * counts.trace() / counts.sum():.1f} % of the hours are correct at 150 x 150 pixels"
     figures.confusion_matrix(axes, counts, list(range(12)), title, names=("true hour", "predicted hour"))
     return figures.save(figure, path)
 
@@ -48,7 +48,15 @@ def draw_hours(counts, path):
 def draw_representations(errors, cards, labels, path):
     """Distribution of the errors of each representation, in minutes, with the cost of its training from the cards."""
     figure, axes = plt.subplots(figsize=(10, 0.46 * len(labels) + 1.2))
-    columns = (3.05, 3.55, 4.15, 4.85)  # right edges, in decades
+    columns = {"median": 42, "mean": 84, "training": 136, "parameters": 200}  # right edges, in points from the axes
+
+    def write_row(place, texts, color):
+        for offset, text in zip(columns.values(), texts, strict=True):
+            at = {"xytext": (offset, 0), "textcoords": "offset points", "annotation_clip": False}
+            position = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center", "fontsize": 9}
+            axes.annotate(text, (1, place), color=color, **at, **position)
+
+    write_row(-0.8, columns, figures.GREY)
     for place, (values, card) in enumerate(zip(errors, cards, strict=True)):
         mean, median = np.mean(values), np.median(values)
         logarithms = np.log10(np.maximum(values, FLOOR))
@@ -57,12 +65,9 @@ def draw_representations(errors, cards, labels, path):
         axes.plot(np.log10(max(median, FLOOR)), place, "|", color=figures.BLACK, markersize=11)
         axes.plot(np.log10(max(mean, FLOOR)), place, "o", color=figures.RED, markersize=5)
         cost = f"{card['seconds'] / 60:.1f} min", f"{card['parameters']['trainable'] / 1000:.0f} k"
-        for column, text in zip(columns, (f"{median:.1f}", f"{mean:.1f}", *cost), strict=True):
-            axes.text(column, place, text, ha="right", va="center", fontsize=9)
-    for column, text in zip(columns, ("median", "mean", "training", "parameters"), strict=True):
-        axes.text(column, -0.8, text, ha="right", va="center", fontsize=9, color=figures.GREY)
+        write_row(place, (f"{median:.1f}", f"{mean:.1f}", *cost), figures.BLACK)
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_xticks([np.log10(FLOOR), -1, 0, 1, 2, np.log10(360)], [f"≤ {FLOOR:g}", "0.1", "1", "10", "100", "360"])
+    axes.set_xticks([np.log10(FLOOR), 0, 1, 2, np.log10(360)], [f"≤ {FLOOR:g}", "1", "10", "100", "360"])
     axes.set(xlim=(-1.4, np.log10(360)), ylim=(len(labels) - 0.4, -1.2), xlabel="common-sense error in minutes")
     axes.grid(True, axis="x")
     axes.set_title("Errors on test clocks of 75 x 75 pixels: median (|) and mean (dot)")
@@ -75,7 +80,7 @@ def draw_error_by_time(errors, minutes, labels, path):
     rows = -(-len(labels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(11, 2.1 * rows + 0.6), sharex=True, sharey=True, squeeze=False)
     for panel, values, label in zip(axes.flat, errors, labels, strict=False):
-        panel.plot(minutes / 60, values, ".", color=figures.BLUE, markersize=3, alpha=0.35, markeredgewidth=0)
+        panel.plot(minutes / 60, values, ".", color=figures.BLUE, markersize=4, alpha=0.45, markeredgewidth=0)
         panel.set_title(label, fontsize=9)
         panel.set_yscale("symlog", linthresh=1)
         panel.set(xlim=(0, 12), ylim=(-0.1, 400))
@@ -95,7 +100,6 @@ def draw_learning_curves(curves, labels, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2))
     styles = [style + color for style in ("-", ":") for color in figures.COLORS]
     right.set(yscale="log", ylim=(1, 400))
-    lowest = 0
     ends = []
     for of_network, label, style in zip(curves, labels, styles, strict=False):
         epochs = np.arange(1, len(of_network["loss"]) + 1)
@@ -103,22 +107,16 @@ def draw_learning_curves(curves, labels, path):
         right.plot(epochs, of_network["validation_minutes"], style[0], color=style[1:])
         ends.append((of_network["validation_minutes"][-1], label, style[1:]))
     best = curves[0]["loss"]
-    left.plot(np.arange(1, len(best) + 1), best, "--", color=figures.COLORS[0], label=f"training loss: {labels[0]}")
+    left.plot(np.arange(1, len(best) + 1), best, "--", color=figures.COLORS[0], label=f"training loss of\n{labels[0]}")
+    height = 0.0
     for value, label, color in sorted(ends):  # labels keep apart, each joined to the end of its line
-        height = np.log(max(value, 1)) / np.log(400)
-        lowest = max(lowest + 0.06, height)
-        right.annotate(
-            label,
-            (len(best), value),
-            (1.05, lowest),
-            textcoords="axes fraction",
-            va="center",
-            color=color,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3},
-        )
+        height = max(height + 0.06, np.log(max(value, 1)) / np.log(400))
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
+        at = {"xytext": (1.16, height), "textcoords": "axes fraction", "annotation_clip": False}
+        right.annotate(label, (len(best), value), color=color, va="center", fontsize=9, arrowprops=line, **at)
     left.set(yscale="log", xlabel="epoch", ylabel="loss on validation images, each in its own units")
-    right.set(xlabel="epoch", ylabel="mean common-sense error on validation images in minutes")
+    left.set_ylim(top=4 * left.get_ylim()[1])  # room for the legend
+    right.set(xlabel="epoch", ylabel="mean common-sense error in minutes, validation images")
     right.yaxis.set_major_formatter("{x:g}")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
