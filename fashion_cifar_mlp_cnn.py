@@ -615,7 +615,8 @@ def report(arguments):
         measured[model] = classification_metrics(probabilities[model], labels)
         rows += results.compare(cards[model], measured[model], part=part, size=len(images), sha256=dataset.checksums)
         if arguments.record:
-            results.record_metrics(path, **{part: (len(images), measured[model])})
+            checksums = None if arguments.sample else dataset.checksums
+            results.record_metrics(path, checksums, **{part: (len(images), measured[model])})
 
     table = read_experiments(arguments)
     plan = results.optional_module("experiments", SCRIPT)

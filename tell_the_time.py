@@ -463,9 +463,8 @@ def train(arguments):
         sample = split_images(clocks.load_clocks(arguments.data_dir, config.size, sample=True))["test"]
         parts = {**parts, "sample": sample}
         counts = {part: len(split.images) for part, split in parts.items()}
-        fast = models.for_prediction(network)
         metrics = {
-            part: measure(read_clocks(fast, images, config.representation), minutes)
+            part: measure(read_clocks(network, images, config.representation), minutes)
             for part, (images, minutes) in parts.items()
         }
         card = models.card(
@@ -606,11 +605,12 @@ def report(arguments):
         network, card = models.load_model(folder / f"{name}.keras", SCRIPT, (config.size, config.size))
         parts, checksum, _ = splits[config.size]
         images, minutes = parts["test"]
-        predicted[name] = read_clocks(models.for_prediction(network), images, config.representation)
+        predicted[name] = read_clocks(network, images, config.representation)
         cards[name], measured[name] = card, measure(predicted[name], minutes)
         rows += results.compare(card, measured[name], part=part, size=len(images), sha256=checksum)
         if arguments.record:
-            results.record_metrics(folder / f"{name}.json", **{part: (len(images), measured[name])})
+            checksums = None if arguments.sample else checksum
+            results.record_metrics(folder / f"{name}.json", checksums, **{part: (len(images), measured[name])})
 
     experiments = read_experiments(results.recorded_path(arguments, f"{SCRIPT}_experiments.csv"))
     written = []

@@ -552,7 +552,8 @@ def report(arguments):
         measured[model], probabilities[model] = evaluate(network, test)
         rows += results.compare(cards[model], measured[model], part=part, size=len(test.names), sha256=checksums)
         if arguments.record:
-            results.record_metrics(path, **{part: (len(test.names), measured[model])})
+            found = {part: (len(test.names), measured[model])}
+            results.record_metrics(path, None if arguments.sample else checksums, **found)
     references = baselines(parts["train"], test)
     ious = [f"{values['foreground_iou']:.4f} ({name.replace('_', ' ')})" for name, values in references.items()]
     print(f"foreground IoU without a network: {', '.join(ious)}")

@@ -117,17 +117,20 @@ def conclude(script, arguments, rows, written):
     return int(any(row["agrees"] is False for row in rows))
 
 
-def record_metrics(path, **parts):
+def record_metrics(path, sha256=None, **parts):
     """Writes re-measured metrics, and with them the size of a part, onto the card of the model at `path`.
 
-    `parts` are, for example, `sample=(250, {"accuracy": 0.9})`. "measured_on" of the card says where that was, since
-    the fields of the same names are about the machine of the training run.
+    `parts` are, for example, `sample=(250, {"accuracy": 0.9})`; `sha256` are the checksums of the full dataset, where
+    that was measured on. "measured_on" of the card says where that was, since the fields of the same names are about
+    the machine of the training run.
     """
     card = read_card(path)
     for part, (size, metrics) in parts.items():
         card["metrics"][part] = metrics
         card["dataset"][part] = size
         card.setdefault("measured_on", {})[part] = conditions()
+    if sha256 is not None:
+        card["dataset"]["sha256"] = sha256
     write_json(Path(path).with_suffix(".json"), card)
 
 

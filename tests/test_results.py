@@ -107,6 +107,10 @@ def test_recorded_metrics_replace_those_on_the_card_and_nothing_else(tmp_path):
     assert after["metrics"] == {"test": {"accuracy": 0.5}, "sample": {"accuracy": 0.6}}
     assert after["dataset"] == {"test": 100, "sample": 10}
     assert after["measured_on"] == {"sample": results.conditions()}
+    results.record_metrics(path, {"test_images": "b"}, test=(90, {"accuracy": 0.7}))
+    recorded = json.loads(path.read_text())
+    assert recorded["dataset"] == {"test": 90, "sample": 10, "sha256": {"test_images": "b"}}
+    assert recorded["metrics"]["test"] == {"accuracy": 0.7}
     changed = {"metrics", "dataset", "measured_on"}
     assert {key: after[key] for key in after.keys() - changed} == {key: before[key] for key in before.keys() - changed}
 
