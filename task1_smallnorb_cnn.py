@@ -474,7 +474,7 @@ def predict(network, images):
 
 def evaluate(network, pairs):
     """Returns the metrics, also with the backgrounds replaced, and the predictions on the unmodified images."""
-    network = models.for_prediction(network)
+    network = models.for_prediction(network, len(pairs.images))
     predictions = predict(network, pairs.images)
     metrics = {}
     if "category" in predictions:

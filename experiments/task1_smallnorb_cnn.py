@@ -67,6 +67,8 @@ EXPERIMENTS = {
 
 LABELS = {  # what a figure calls an experiment, where that is not its name
     "convnext": "ConvNeXt",
+    "width 16": "16 filters",
+    "width 48": "48 filters",
     "6 epochs, 48 filters, plain": "plain CNN",
     "6 epochs, 48 filters, convnext": "ConvNeXt",
     "6 epochs, 40 filters, plain+convnext": "both branches",

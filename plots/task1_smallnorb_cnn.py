@@ -103,7 +103,7 @@ def draw_test_toys(images, accuracies, path):
     titles = [f"{toy}: {share:.1%}" for toy, share in toys]
     colors = [figures.RED if share < POOR_ACCURACY else figures.BLACK for _, share in toys]
     columns = max(len(of_name) for of_name in accuracies.values())
-    title = f"Test toys, and the share of their images whose category is right (red: below {POOR_ACCURACY:.0%})"
+    title = f"Test toys, and the share of their images whose category is right (coloured: below {POOR_ACCURACY:.0%})"
     return figures.save(figures.image_grid(images[..., 0], columns, titles, colors, title, width=7.5), path)
 
 
@@ -180,5 +180,6 @@ def draw_every_fold(images, names, folds, values, path):
         panel.grid(True, axis="both")
     panels[0].set_yticks(range(len(folds)), [f"fold {fold}" for fold in folds])
     panels[0].invert_yaxis()
-    right.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, title=None)
+    panels[0].set_title("Errors on each fold when it is held out")
+    right.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figures.save(figure, path)
