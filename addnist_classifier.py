@@ -71,8 +71,7 @@ CONFIGS = {
     "shared": Config(),
     "ordinary": Config("ordinary", (12, 24, 36, 48), hidden=96, steps=10_000, learning_rate=1e-2),
 }
-MODELS = list(CONFIGS)
-NUM_SEEDS = 5
+MODELS, NUM_SEEDS = list(CONFIGS), 5
 PARAMETER_LIMIT, STEP_LIMIT = 100_000, 10_000  # fewer than that many parameters, at most that many steps
 
 SCRIPT, REPOSITORY = "addnist_classifier", Path(__file__).resolve().parent
@@ -82,7 +81,6 @@ ENCODERS = {"shared": [""], "mixed": [""], "ordinary": ["red_", "green_", "blue_
 TRIPLES = np.array([digits for digits in np.ndindex(10, 10, 10) if 1 <= sum(digits) <= NUM_CLASSES])  # (915, 3)
 MNIST_MEAN, MNIST_DEVIATION = 0.1307, 0.3081
 SIZES = {"train": 45_000, "valid": 15_000, "test": 10_000}
-SMALL_SIZE = 500  # of each split with --quick or --sample
 DATA_SEED = 2024  # of the dataset that is built from MNIST
 MAX_SHIFT = 2  # pixels
 STEPS_PER_CALL = 500  # optimisation steps in one compiled call; after each there is a checkpoint and a snapshot
@@ -113,7 +111,7 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------------------------- data
 def load_data(data_dir, quick=False, sample=False):
     """Returns AddNIST, a dict of `Split` ("train", "valid", "test"), and what it was made of (str)."""
-    sizes = dict.fromkeys(SIZES, SMALL_SIZE) if quick or sample else SIZES
+    sizes = dict.fromkeys(SIZES, 500) if quick or sample else SIZES
     if sample:
         with reading(SAMPLE, "get it again from the repository"):
             mnist = checked_mnist([np.load(SAMPLE)[name] for name in MNIST_FILES])
@@ -343,37 +341,40 @@ def augmented(images, key, permute_key, config):
     return images
 
 
-def train_network(config, splits, seed, *, folder, resume):
-    """Trains a network on "train", with a checkpoint in `folder` from which `resume` continues.
-
-    Returns the averaged and calibrated parameters of every snapshot, learning curves (dict of lists) and seconds.
-    """
+def make_optimizer(config):
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(config.steps // 20, 1), config.steps)
-    optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
+    return optax.adamw(schedule, weight_decay=config.weight_decay)
+
+
+@jax.jit(static_argnames=("config", "steps"))
+def advance(state, images, labels, config, steps):
+    """Takes optimisation steps, all in one compiled call; returns the next `State` and the mean loss."""
+    optimizer = make_optimizer(config)
 
     def loss(parameters, images, labels):
         return -jnp.take_along_axis(forward(parameters, images, config.model)[0], labels[:, None], axis=1).mean()
 
-    @jax.jit(static_argnames="steps")
-    def advance(state, images, labels, steps):  # so many optimisation steps in one compiled call
-        def step(state, _):
-            key, batch_key, shift_key, permute_key = jax.random.split(state.key, 4)
-            chosen = jax.random.randint(batch_key, (config.batch_size,), 0, len(labels))
-            batch = augmented(images[chosen], shift_key, permute_key, config)
-            value, gradient = jax.value_and_grad(loss)(state.parameters, batch, labels[chosen])
-            update, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
-            parameters = optax.apply_updates(state.parameters, update)
-            # At first the average follows closely, so that it forgets the initial weights.
-            momentum = jnp.minimum(config.average, (state.step + 1) / (state.step + 10))
-            average = jax.tree.map(lambda old, new: momentum * old + (1 - momentum) * new, state.average, parameters)
-            return State(parameters, average, optimizer_state, key, state.step + 1), value
+    def step(state, _):
+        key, batch_key, shift_key, permute_key = jax.random.split(state.key, 4)
+        chosen = jax.random.randint(batch_key, (config.batch_size,), 0, len(labels))
+        batch = augmented(images[chosen], shift_key, permute_key, config)
+        value, gradient = jax.value_and_grad(loss)(state.parameters, batch, labels[chosen])
+        update, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+        parameters = optax.apply_updates(state.parameters, update)
+        # At first the average follows closely, so that it forgets the initial weights.
+        momentum = jnp.minimum(config.average, (state.step + 1) / (state.step + 10))
+        average = jax.tree.map(lambda old, new: momentum * old + (1 - momentum) * new, state.average, parameters)
+        return State(parameters, average, optimizer_state, key, state.step + 1), value
 
-        state, losses = jax.lax.scan(step, state, length=steps)
-        return state, losses.mean()
+    state, losses = jax.lax.scan(step, state, length=steps)
+    return state, losses.mean()
 
+
+def train_network(config, splits, seed, *, folder, resume):
+    """Trains on "train", with checkpoints in `folder`: weights and learning curves of all snapshots, and seconds."""
     key, subkey = jax.random.split(jax.random.PRNGKey(seed))
     parameters, checkpoint = init_model(subkey, config), folder / "checkpoint.npz"
-    state = State(parameters, parameters, optimizer.init(parameters), key, jnp.zeros((), int))
+    state = State(parameters, parameters, make_optimizer(config).init(parameters), key, jnp.zeros((), int))
     snapshots, curves, seconds = [], {name: [] for name in CURVES}, 0.0
     settings = {**dataclasses.asdict(config), "widths": list(config.widths), "seed": seed}
     if resume and checkpoint.exists():
@@ -382,7 +383,7 @@ def train_network(config, splits, seed, *, folder, resume):
     images, labels = jnp.asarray(splits["train"].images), jnp.asarray(splits["train"].labels)
     while int(state.step) < config.steps:
         started = time.time()
-        state, value = advance(state, images, labels, min(STEPS_PER_CALL, config.steps - int(state.step)))
+        state, value = advance(state, images, labels, config, min(STEPS_PER_CALL, config.steps - int(state.step)))
         parameters = calibrated(state.average, images[:CALIBRATION_ITEMS], config.model)
         values = [int(state.step), float(value)]
         values += [accuracy(parameters, splits[name], config.model, CURVE_ITEMS) for name in ("train", "valid")]
@@ -402,13 +403,12 @@ def train_network(config, splits, seed, *, folder, resume):
 
 def restore_checkpoint(path, settings, fresh, config):
     """Returns state, snapshots, curves and seconds of a checkpoint; `fresh` is a state with the same shapes."""
-    advice = "start over without --resume"
-    with reading(path, advice):
+    with reading(path, "start over without --resume"):
         arrays = dict(np.load(path))
         about = json.loads(str(arrays.pop("about")))
         changed = [name for name in settings if about["settings"][name] != settings[name]]
         if changed:
-            raise UserError(f"{path} was made with other settings ({', '.join(changed)}); use those again, or {advice}")
+            raise UserError(f"{path} was made with other settings ({', '.join(changed)}); use those, or no --resume")
         curves = {name: np.array(values, float) for name, values in about["curves"].items()}
         template = fresh, [layout(config)] * len(curves["step"])
         expected = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(template))}
@@ -448,8 +448,7 @@ def reading(path, advice):
     except Exception as error:  # libraries raise dozens of kinds; none is hidden
         if isinstance(error, UserError):
             raise
-        damage = f"is damaged ({type(error).__name__}: {str(error)[:100]})"
-        reason = "is missing" if isinstance(error, FileNotFoundError) else damage
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error!r:.120})"
         raise UserError(f"{getattr(error, 'filename', None) or path} {reason}; {advice}") from error
 
 
@@ -481,7 +480,7 @@ def load_network(path):
             raise ValueError("its card belongs to another network")
         if hashlib.sha256(path.read_bytes()).hexdigest() != card["weights_sha256"]:
             raise ValueError("the checksum of the weights is not the one on their card")
-        json.dumps([model_results(card), card["metrics"], card["seeds"][str(card["seed"])]], allow_nan=False)
+        json.dumps([card["seeds"][str(card["seed"])], card["metrics"], model_results(card)], allow_nan=False)
         config = Config(**{**card["config"], "widths": tuple(card["config"]["widths"])})
         curves = {name: np.array(values, float) for name, values in card["curves"].items()}
         lengths = dict.fromkeys([*CURVES, "test_accuracy"], np.zeros(len(curves["step"])))
@@ -492,7 +491,8 @@ def load_network(path):
 
 def environment():
     """Returns what a card says about where it was made."""
-    commit, device, hardware = "not a git checkout", jax.devices()[0], platform.processor() or platform.machine()
+    commit, device = "unknown: not a git checkout", jax.devices()[0]
+    hardware = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):  # git is not installed
         command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or commit
@@ -558,7 +558,6 @@ def write_results(output_dir):
 
 # -------------------------------------------------------------------------------------------------------------- report
 def with_flags(config, arguments, splits):
-    """Returns `config` with what the command line changes."""
     batch_size = arguments.batch_size or config.batch_size
     steps = arguments.epochs * math.ceil(len(splits["train"].labels) / batch_size) if arguments.epochs else config.steps
     return dataclasses.replace(config, batch_size=batch_size, steps=min(steps, 20) if arguments.quick else steps)
@@ -654,9 +653,9 @@ def report(arguments):
         tolerance = TOLERANCE if card["platform"] == jax.default_backend() else TOLERANCE_ELSEWHERE
         for part, name in [(part, name) for part, values in metrics.items() for name in values]:
             value, recorded = metrics[part][name], card["metrics"].get(part, {}).get(name) if same_data else None
-            row = {"task": "AddNIST", "model": model, "metric": f"{part} {name.replace('_', ' ')}", "measured": value}
-            row |= {"recorded": recorded, "tolerance": tolerance}
-            rows.append(row | {"agrees": None if recorded is None else abs(value - recorded) <= tolerance})
+            row = {"task": "AddNIST", "model": model, "part": part, "metric": name, "measured": value}
+            agrees = None if recorded is None else abs(value - recorded) <= tolerance
+            rows.append(row | {"recorded": recorded, "agrees": agrees, "tolerance": tolerance})
         if arguments.record:
             if not (same_data or arguments.sample):
                 raise UserError(f"{model} was trained with other data; --record needs the same, or --train anew")
@@ -670,10 +669,9 @@ def report(arguments):
         drawn = compared_experiments(root), splits, predicted, {m: card["curves"] for m, (_, card) in restored.items()}
         written += plots.draw(*drawn, arguments.output_dir / "report" / "figures" / SCRIPT) if plots else []
     print(f"\n{'model':8}  {'metric':21}  measured  recorded (numbers agree where they differ by {tolerance} at most)")
-    for row in rows:
-        recorded = "" if row["agrees"] is None else f"{row['recorded']:10.4f}"
-        verdict = {None: "", True: "agrees", False: "DIFFERS"}[row["agrees"]]
-        print(f"{row['model']:8}  {row['metric']:21}  {row['measured']:8.4f}{recorded}  {verdict}")
+    for r in rows:
+        known = f"  {r['recorded']:8.4f}  {'agrees' if r['agrees'] else 'DIFFERS'}" if r["agrees"] is not None else ""
+        print(f"{r['model']:8}  {r['part'] + ' ' + r['metric'].replace('_', ' '):21}  {r['measured']:8.4f}{known}")
     content = {"script": f"{SCRIPT}.py", "command": arguments.command, "rows": rows}
     written.append(write_file(arguments.output_dir / "runs" / SCRIPT / "verification.json", content))
     print("\nwrote", *written, sep="\n  ")
@@ -692,21 +690,23 @@ def main(argv=None):
     flags.error = error
     mode = flags.add_mutually_exclusive_group(required=True)
     switch, number, path = {"action": "store_true"}, {"type": int, "metavar": "N"}, {"type": Path, "metavar": "DIR"}
-    default = os.environ.get("DATA_DIR", REPOSITORY / "data")
+    data = path | {"default": os.environ.get("DATA_DIR", REPOSITORY / "data")}
     mode.add_argument("--train", **switch, help="build, fit, measure, save, write results and figures")
-    mode.add_argument("--load", **switch, help="restore, measure, compare with the recorded numbers, write figures")
+    text = "restore from saved_models/, measure, compare with the recorded numbers, write figures"
+    mode.add_argument("--load", **switch, help=text)
     mode.add_argument("--experiments", **switch, help="the comparison behind the choices (resumable)")
     mode.add_argument("--download", **switch, help="fetch the official AddNIST arrays into DATA_DIR/addnist")
     flags.add_argument("--model", choices=MODELS, help="one of the models (default: all)")
-    flags.add_argument("--quick", **switch, help="a few steps into runs/quick/: proves that it works")
+    flags.add_argument("--quick", **switch, help="a few batches into runs/quick/: proves that it works")
     flags.add_argument("--sample", **switch, help="use the images in data/samples/ instead of the full dataset")
-    flags.add_argument("--epochs", **number, help="passes over the training items")
+    flags.add_argument("--epochs", **number, help="passes over the training images")
     flags.add_argument("--batch-size", **number, help="examples per optimisation step")
     flags.add_argument("--seed", **number, default=0, help="seed of everything random (default: 0)")
     flags.add_argument("--resume", **switch, help="resume a stopped training run from its last checkpoint")
     flags.add_argument("--record", **switch, help="with --load: write the measured numbers down (authors)")
-    flags.add_argument("--data-dir", **path, default=default, help="of the datasets (default: $DATA_DIR, else data)")
-    flags.add_argument("--output-dir", **path, help="of everything written (default: the repository, or in runs/)")
+    flags.add_argument("--data-dir", **data, help="where datasets are kept (default: $DATA_DIR, else data)")
+    text = "where everything is written, and models are looked for first (default: the repository; runs/quick with "
+    flags.add_argument("--output-dir", **path, help=text + "--quick, runs/sample with --sample)")
     arguments = flags.parse_args(argv)
     for name, low, high in (("epochs", 1, 100_000), ("batch_size", 1, 100_000), ("seed", 0, 2**32 - 1)):
         value = getattr(arguments, name)

@@ -69,8 +69,8 @@ def draw_curves(curves, path):
         for name, (part, style) in CURVE_STYLES.items():
             left.plot(steps, curves[model][name], style, color=color, label=f"{model}, {part}")
         right.plot(steps, curves[model]["loss"], color=color, label=model)
-    lowest = min(of_model["test_accuracy"][len(of_model["step"]) // 8] for of_model in curves.values())
-    left.set(xlabel="optimisation step", ylabel="accuracy", ylim=(max(0, lowest - 0.02), 1.002))
+    final = min(of_model["test_accuracy"][-1] for of_model in curves.values())
+    left.set(xlabel="optimisation step", ylabel="accuracy", ylim=(max(0, final - 0.12), 1.002))
     left.yaxis.set_major_formatter("{x:.0%}")
     left.legend(loc="lower right")
     left.set_title("Accuracy of the averaged weights")
@@ -83,7 +83,7 @@ def draw_curves(curves, path):
 def draw_confusion(truth, predicted, model, path):
     """Which classes are taken for which."""
     figure, axes = plt.subplots(figsize=(7.5, 7.5))
-    title = f"{model.capitalize()} network: {np.mean(truth == predicted):.2%} of the test items correct (counts)"
+    title = f"{model.capitalize()} network, test items: {np.mean(truth == predicted):.2%} correct (numbers are counts)"
     figures.confusion_matrix(axes, counts_of(truth, predicted, 20), range(20), title)
     return figures.save(figure, path)
 
@@ -91,7 +91,9 @@ def draw_confusion(truth, predicted, model, path):
 def draw_digits(truth, predicted, path):
     """Which digits the shared network recognises in single channels."""
     figure, axes = plt.subplots(figsize=(7, 7))
-    title = f"{np.mean(truth == predicted):.2%} of the digits recognised, without a label of any"
+    title = (
+        f"Digits in single channels, learnt from the labels of sums alone: {np.mean(truth == predicted):.2%} correct"
+    )
     names = ("digit in the channel", "digit recognised")
     figures.confusion_matrix(axes, counts_of(truth, predicted, 10), range(10), title, names)
     return figures.save(figure, path)
@@ -110,29 +112,34 @@ def draw_mistakes(test, classes, path):
 
 
 def draw_scaling(compared, path):
-    """Validation accuracy against the number of parameters and of steps, where nothing else is changed."""
+    """Validation error against the number of parameters and of steps, where nothing else is changed."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    ticks = {"parameters": (5000, 10_000, 20_000, 50_000, 100_000), "steps": (1000, 2000, 5000, 10_000)}
     texts = {
         "parameters": ("widths", "parameters", "More filters"),
         "steps": ("steps", "optimisation steps", "More steps"),
     }
     for panel, (column, (field, label, title)) in zip(panels, texts.items(), strict=True):
+        panel.axvline(ticks[column][-1], color=figures.GREY, linestyle=":", label="limit of the assignment")
         for model, color in MODEL_COLORS.items():
             of_model = [found for name, found in compared.items() if name.startswith(f"{model}, ")]
             alone = [found for found in of_model if found["changed"] in ([], [field])]
-            points = sorted((found[column], found["valid_accuracy"]) for found in alone)
+            points = sorted((found[column], 1 - found["valid_accuracy"]) for found in alone)
             if points:
                 panel.plot(*zip(*points, strict=True), "o-", color=color, label=f"{model} network")
-        panel.set(xscale="log", xlabel=label, title=title)
-        panel.yaxis.set_major_formatter("{x:.0%}")
-    panels[0].set_ylabel("validation accuracy")
-    panels[0].legend(loc="lower right")
+        panel.set(xscale="log", yscale="log", xlabel=label, title=title)
+        panel.set_xticks(ticks[column], [f"{tick:,}" for tick in ticks[column]], minor=False)
+        panel.set_xticks([], minor=True)
+    panels[0].set_yticks((0.01, 0.02, 0.05, 0.1, 0.2, 0.5), ("1%", "2%", "5%", "10%", "20%", "50%"))
+    panels[0].set_yticks([], minor=True)
+    panels[0].set_ylabel("validation error")
+    panels[1].legend(loc="upper right", bbox_to_anchor=(0.97, 1))
     return figures.save(figure, path)
 
 
 def draw_experiments(compared, path):
     """Validation accuracy of the variants that change more than the number of filters or steps."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 3.4))
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3.6))
     for panel, model in zip(panels, MODEL_COLORS, strict=True):
         of_model = {name.partition(", ")[2]: e for name, e in compared.items() if name.startswith(f"{model}, ")}
         values = {name: e["values"] for name, e in of_model.items() if e["changed"] not in (["widths"], ["steps"])}
@@ -142,4 +149,13 @@ def draw_experiments(compared, path):
         noise = of_model["baseline"]["noise"] if "baseline" in of_model else None
         figures.experiments(panel, values, "baseline", "validation accuracy", noise, percent=True)
         panel.set_title(f"{model.capitalize()} network")
+        panel.locator_params(axis="x", nbins=4)
+        lowest = max(np.min(np.concatenate(list(values.values()))), max(map(max, values.values())) - 0.03) - 0.001
+        panel.set_xlim(lowest, None)
+        for place, points in enumerate(values.values()):
+            if np.mean(points) < lowest:  # so far off that the others would shrink to one point
+                panel.text(lowest, place, f" ← {np.mean(points):.1%}", va="center", color=figures.BLUE)
+    figure.suptitle(
+        "One point per seed; shaded, where there are several: standard deviation of the baseline", x=0.01, ha="left"
+    )
     return figures.save(figure, path)

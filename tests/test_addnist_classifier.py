@@ -374,9 +374,9 @@ def test_mnist_of_tensorflow_datasets_is_found(small_mnist, tmp_path, monkeypatc
 
 
 @pytest.fixture
-def official(small_mnist, tmp_path, monkeypatch):
-    """A data folder with the official arrays, 40 items of each split."""
-    monkeypatch.setattr(task, "SIZES", dict.fromkeys(task.SIZES, 40))
+def official(small_mnist, tmp_path, monkeypatch, request):
+    """A data folder with the official arrays, 40 items of each split or as many as the parameter says."""
+    monkeypatch.setattr(task, "SIZES", dict.fromkeys(task.SIZES, getattr(request, "param", 40)))
     folder = tmp_path / "addnist"
     folder.mkdir()
     splits = build(small_mnist, **task.SIZES)
@@ -582,10 +582,10 @@ def test_a_file_in_place_of_a_folder(tmp_path, flag):
 
 
 def test_without_git(monkeypatch):
-    assert re.fullmatch("[0-9a-f]{40}|not a git checkout", task.environment()["git_commit"])
+    assert re.fullmatch("[0-9a-f]{40}|unknown: not a git checkout", task.environment()["git_commit"])
     monkeypatch.setenv("PATH", "")
     found = task.environment()
-    assert found["git_commit"] == "not a git checkout"
+    assert found["git_commit"] == "unknown: not a git checkout"
     assert found["platform"] == jax.default_backend()
 
 
@@ -841,6 +841,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("official", [500], indirect=True)  # as many as in the sample: one compilation for both
 def test_load_reproduces_train_and_records_only_when_told(official, tmp_path, monkeypatch, capsys):
     data_dir, _ = official
     output = tmp_path / "output"
@@ -857,7 +858,7 @@ def test_load_reproduces_train_and_records_only_when_told(official, tmp_path, mo
     assert trained["models"]["shared"]["seeds"]["number"] == 2
     card = json.loads((output / "saved_models" / task.SCRIPT / "shared.json").read_text())
     assert set(card["metrics"]) == {"train", "valid", "test", "sample"}
-    assert card["dataset"]["test"] == 40
+    assert card["dataset"]["test"] == 500
     assert card["dataset"]["sample"] == 500
     assert len(card["curves"]["test_accuracy"]) == len(card["curves"]["step"])
 
@@ -869,7 +870,11 @@ def test_load_reproduces_train_and_records_only_when_told(official, tmp_path, mo
     assert changed == {task.Path("runs", task.SCRIPT, "verification.json")}
     rows = json.loads(after[task.Path("runs", task.SCRIPT, "verification.json")])["rows"]
     assert {(row["task"], row["agrees"]) for row in rows} == {("AddNIST", True)}
-    assert {row["metric"] for row in rows} >= {"train accuracy", "valid loss", "test accuracy"}
+    assert {(row["part"], row["metric"]) for row in rows} >= {
+        ("train", "accuracy"),
+        ("valid", "loss"),
+        ("test", "loss"),
+    }
 
     path.unlink()
     assert task.main(["--load", "--record", *flags]) == 0
