@@ -1,8 +1,9 @@
-"""Pictures per second of `--train` beside those of a bare `model.fit` on the same arrays: `make bench`.
+"""Images per second of `--train` beside those of a bare `model.fit` on the same arrays: `make bench`.
 
 Both train the joint network of task1_smallnorb_cnn.py, in the same precision and batch size, on the same in-memory
-pictures of smallNORB. The bare one has no augmentation and Keras' defaults. The two take turns, because other work on
-the machine slows either down from time to time; what counts is the ratio of their best runs.
+images of smallNORB. The bare one has no augmentation and Keras' defaults, ours is fed as `common.training.fit` does it.
+The two take turns, because other work on the machine slows either down from time to time; what counts is the ratio of
+their best runs.
 """
 
 import statistics
@@ -12,45 +13,56 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import quiet  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
+from common import startup  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
 
 import keras
 
 import task1_smallnorb_cnn as task
-from common import cli, runs
+from common import cli, training
 
-PICTURES = 6400
+IMAGES = 6400
 ROUNDS = 8
+CONFIG = task.CONFIGS["joint"]
 
 
-def main(argv=None):
-    arguments = cli.parse(cli.parser(__doc__, ["joint"]), argv or ["--train"])
-    pictures = task.prepare(task.load_smallnorb(arguments.data_dir).train, task.FINAL.image_size, quick=False)
-    pictures = pictures.take(slice(PICTURES))
-    recipe = task.FINAL
-    keras.config.set_dtype_policy(runs.fast_precision())
-    network = task.build_network(recipe)
-    bare = keras.Model(network.input, network.output)
-    bare.compile(
-        keras.optimizers.AdamW(recipe.learning_rate),
+def build_bare_fit(pairs):
+    """Returns a function that trains the joint network for one epoch as Keras does by default."""
+    network, heads = task.build_network(CONFIG)
+    network.compile(
+        keras.optimizers.AdamW(CONFIG.learning_rate),
         loss={"category": keras.losses.CategoricalCrossentropy(), "elevation": keras.losses.MeanAbsoluteError()},
         metrics={"category": "accuracy", "elevation": "mae"},
         jit_compile="auto" if keras.backend.backend() == "jax" else False,
     )
-    network = task.build_network(recipe)
-    augmented = task.compile_for_training(network, recipe, PICTURES // recipe.batch_size, 0)
-    targets = task.training_targets(pictures, augmented)
-    speeds = {"bare model.fit": [], "--train": []}
+    targets = task.training_targets(pairs, {name: heads[name] for name in CONFIG.outputs})
+    return lambda: network.fit(pairs.images, targets, batch_size=CONFIG.batch_size, verbose=0)
+
+
+def build_our_fit(pairs):
+    """Returns a function that trains the joint network for one epoch as `--train` does."""
+    network, heads = task.build_network(CONFIG)
+    steps = training.count_steps(len(pairs.images), CONFIG)
+    model = task.compile_for_training(network, heads, CONFIG, steps, seed=0)
+    batches = training.Batches((pairs.images, task.training_targets(pairs, heads)), CONFIG.batch_size, seed=0)
+    callbacks = [keras.callbacks.TerminateOnNaN(), training.EpochSeeds(batches)]
+    return lambda: model.fit(batches, shuffle=False, callbacks=callbacks, verbose=0)
+
+
+def main(argv=None):
+    arguments = cli.parse(cli.parser(__doc__, ["joint"]), argv or ["--train"])
+    pairs = task.prepare(task.load_smallnorb(arguments.data_dir).train).take(slice(IMAGES))
+    with training.computing_in(training.fast_precision()):
+        fits = {"bare model.fit": build_bare_fit(pairs), "--train": build_our_fit(pairs)}
+    speeds = {name: [] for name in fits}
     for turn in range(ROUNDS + 1):
-        for name, model in zip(speeds, (bare, augmented), strict=True):
-            wanted = {head: targets[head] for head in model.output}
+        for name, fit in fits.items():
             start = time.perf_counter()
-            model.fit(pictures.images, wanted, batch_size=recipe.batch_size, verbose=0)
+            fit()
             if turn:  # the first one compiles
-                speeds[name].append(PICTURES / (time.perf_counter() - start))
+                speeds[name].append(len(pairs.images) / (time.perf_counter() - start))
     for name, values in speeds.items():
         spread = f"{ROUNDS} runs: {min(values):,.0f} to {max(values):,.0f}"
-        print(f"{name:15} {statistics.median(values):7,.0f} pictures/s ({spread})")
+        print(f"{name:15} {statistics.median(values):7,.0f} images/s ({spread})")
     bare_speed, our_speed = (max(values) for values in speeds.values())
     print(f"--train feeds at {our_speed / bare_speed:.1%} of the speed of a bare model.fit (best of {ROUNDS} each)")
 
