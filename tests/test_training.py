@@ -1,6 +1,7 @@
 """Checkpoints, exact resume, schedules and precision."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -175,7 +176,7 @@ def change_state(folder, **fields):
 def test_damaged_checkpoint_is_a_user_error(damage, tmp_path):
     fit(small_model(), tmp_path, 1)
     damage(tmp_path)
-    with pytest.raises(UserError, match="damaged.*start over without --resume") as error:
+    with pytest.raises(UserError, match=r"damaged.*start over without --resume") as error:
         fit(small_model(), tmp_path, 1, resume=True)
     assert "\n" not in str(error.value)
 
@@ -234,7 +235,7 @@ def test_cosine_schedule_rises_then_falls_to_zero():
     assert rates[0] == 0
     assert rates[5] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0, abs=1e-6)
-    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
 
 
 def test_steps_count_the_last_small_batch():
