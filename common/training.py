@@ -73,6 +73,7 @@ class Checkpoint(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))  # as it is read back
         self.epoch, self.history, self.seconds = 0, {}, 0.0
+        self.stopped = False  # by a callback, such as `keras.callbacks.EarlyStopping`
 
     def restore(self, model):
         """Puts the last checkpoint, where there is one, into a compiled `model`; `self.epoch` says how far it got.
@@ -105,6 +106,7 @@ class Checkpoint(keras.callbacks.Callback):
             reason = str(error).strip().splitlines()[0][:100]
             raise UserError(f"the checkpoint in {self.folder} is damaged ({reason}); {advice}") from error
         self.epoch, self.history, self.seconds = epoch, curves, seconds
+        self.stopped = bool(state.get("stopped"))
 
     def on_train_begin(self, logs=None):
         self.started = time.time() - self.seconds
@@ -113,12 +115,14 @@ class Checkpoint(keras.callbacks.Callback):
         for name, value in (logs or {}).items():
             self.history.setdefault(name, []).append(float(value))
         self.epoch, self.seconds = epoch + 1, time.time() - self.started
+        self.stopped = bool(self.model.stop_training)
         weights = self.folder / f"epoch_{self.epoch:04d}.weights.h5"
         save_weights(self.model, weights)
         state = {
             "epoch": self.epoch,
             "weights": weights.name,
             "seconds": self.seconds,
+            "stopped": self.stopped,
             "settings": self.settings,
             "history": self.history,
         }
@@ -162,6 +166,7 @@ def fit(
             after the other skips the finished ones when it is resumed.
         resume: False deletes an older checkpoint first. A checkpoint of another config, seed or precision is refused.
         precision: dtype policy that the model computes in.
+        callbacks: one that sets `model.stop_training`, such as `keras.callbacks.EarlyStopping`, ends the run for good.
 
     Returns the learning curves, a dict from metric name to one float per epoch, and the seconds of all epochs. Raises
     `Diverged` where the loss is no longer finite, and `UserError` where the checkpoint cannot be used.
@@ -174,7 +179,7 @@ def fit(
     checkpoint.restore(model)
     if checkpoint.epoch:
         print(f"resuming after epoch {checkpoint.epoch} of {config.epochs}")
-    if checkpoint.epoch < config.epochs:
+    if checkpoint.epoch < config.epochs and not checkpoint.stopped:
         batches = Batches((inputs,) if targets is None else (inputs, targets), config.batch_size, seed)
         model.fit(
             batches,
@@ -186,7 +191,7 @@ def fit(
             callbacks=[keras.callbacks.TerminateOnNaN(), EpochSeeds(batches), *callbacks, checkpoint],
             **keywords,
         )
-    if not np.isfinite(checkpoint.history["loss"][-1]) or checkpoint.epoch < config.epochs:
+    if not np.isfinite(checkpoint.history["loss"][-1]) or not (checkpoint.stopped or checkpoint.epoch == config.epochs):
         raise Diverged("the loss is no longer a finite number; lower the learning rate or try another --seed")
     return checkpoint.history, checkpoint.seconds
 

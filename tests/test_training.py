@@ -125,6 +125,17 @@ def test_resuming_a_finished_run_trains_no_more(tmp_path):
         assert np.array_equal(expected, restored)
 
 
+def test_run_that_a_callback_stops_early_is_finished(tmp_path):
+    stopping = keras.callbacks.EarlyStopping("loss", min_delta=1e9, patience=2)  # nothing is an improvement
+    model = small_model()
+    curves, _ = fit(model, tmp_path, 5, callbacks=[stopping])
+    assert len(curves["loss"]) == 3
+    again = small_model(seed=1)
+    resumed, _ = fit(again, tmp_path, 5, resume=True)
+    assert resumed == curves
+    assert all(np.array_equal(*pair) for pair in zip(again.get_weights(), model.get_weights(), strict=True))
+
+
 def test_a_training_step_is_traced_once(tmp_path, monkeypatch):
     """Tracing takes longer than all that a --quick run does; a step that creates variables is traced twice."""
     model = small_model()
