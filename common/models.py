@@ -127,26 +127,26 @@ def models_folder(output_dir, script):
     return folder if folder.is_dir() else REPOSITORY / "saved_models" / script
 
 
-def save_model(model, path, card):
+def save_model(model, path, card, compresslevel=6):
     """Writes `model` to `path` (`<name>.keras`, without optimizer state) and its card beside it (`<name>.json`).
 
     The file is a zip archive, as Keras wants it, but compressed, which Keras reads as well. "parameters" and
-    "weights_sha256" are added to the card.
+    "weights_sha256" are added to the card. `compresslevel` is that of zlib, 9 for the smallest file.
     """
     with replacing(path) as temporary:
         try:
             model.save(temporary)
-            _compress(temporary)
+            _compress(temporary, compresslevel)
         except RuntimeError as error:  # what h5py raises on a full disk
             raise write_error(path, error) from error
     card = {**card, "parameters": parameter_counts(model), "weights_sha256": sha256(path)}
     write_json(path.with_suffix(".json"), card)
 
 
-def _compress(path):
+def _compress(path, compresslevel):
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=compresslevel) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
 
