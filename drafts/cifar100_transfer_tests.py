@@ -1,0 +1,285 @@
+"""VGG16 and our own networks on CIFAR-100."""
+
+import dataclasses
+import json
+
+import cifar100_transfer as script
+import keras
+import numpy as np
+import pytest
+from conftest import REPOSITORY, run_script
+
+from common import training
+from common.errors import UserError
+
+SCRIPT = script.SCRIPT
+DATA_DIR = REPOSITORY / "data"
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), "uint8")
+SMALL = script.Config(filters=(4, 6, 8), batch_size=20, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def base():
+    """The base of VGG16 with the weights that Keras starts with, which need no download."""
+    keras.utils.set_random_seed(0)
+    return script.split_base(keras.applications.VGG16(include_top=False, weights=None, input_shape=(None, None, 3)))
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return script.load_splits(DATA_DIR, sample=True)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def test_split_holds_out_as_many_images_of_each_class_and_none_twice(splits):
+    for part in ("train", "validation"):
+        assert set(np.bincount(splits[part].labels, minlength=100)) == {len(splits[part].labels) // 100}
+    images = {part: {image.tobytes() for image in splits[part].images} for part in splits}
+    assert len(images["train"]) + len(images["validation"]) == 300
+    assert not images["train"] & images["validation"]
+    assert not images["test"] & (images["train"] | images["validation"])
+
+
+def test_split_is_the_same_every_time(splits):
+    again, _ = script.load_splits(DATA_DIR, sample=True)
+    assert all(np.array_equal(splits[part].images, again[part].images) for part in splits)
+
+
+def test_fewer_classes_are_the_first_ones_or_the_superclasses(splits):
+    images, labels = script.select(splits["train"], 25)
+    assert set(labels) == set(range(25))
+    assert len(images) == len(labels) == 50
+    images, labels = script.select(splits["train"], 20)
+    assert set(labels) == set(range(20))
+    assert len(images) == 200
+
+
+# --------------------------------------------------------------------------------------------------------------- VGG16
+
+
+def test_preprocessing_is_that_of_keras():
+    images = keras.Input((32, 32, 3))
+    model = keras.Model(images, script.preprocess(images))
+    expected = keras.applications.vgg16.preprocess_input(IMAGES.astype("float32"))
+    np.testing.assert_allclose(model.predict(IMAGES, verbose=0), expected, atol=1e-4)
+
+
+def test_tail_on_maps_equals_the_whole_network(base):
+    tail = script.build_vgg(script.CONFIGS["vgg_top_block"], base)
+    whole = script.build_vgg(script.CONFIGS["vgg_full"], base)
+    whole.layers[-1].set_weights(tail.layers[-1].get_weights())
+    maps = base.blocks_1_to_4.predict(IMAGES, verbose=0)
+    np.testing.assert_allclose(tail.predict(maps, verbose=0), whole.predict(IMAGES, verbose=0), atol=1e-5)
+
+
+def test_features_are_those_of_the_base_and_computed_once(base, splits, tmp_path, monkeypatch):
+    features = script.Features(base, {"train": splits["train"]._replace(images=IMAGES)}, tmp_path)
+    maps = features("maps", "train")
+    expected = base.blocks_1_to_4.predict(IMAGES, verbose=0)
+    np.testing.assert_allclose(maps, expected, rtol=1e-3, atol=1e-3)
+    top = base.block_5.predict(expected, verbose=0).mean(axis=(1, 2))
+    np.testing.assert_allclose(features("block 5", "train"), top, rtol=5e-3, atol=5e-3)
+    pooled = features("pooled", "train")
+    assert pooled.shape == (6, 1280)
+    mirrored = base.blocks_1_to_4.predict(IMAGES[:, :, ::-1], verbose=0)
+    np.testing.assert_allclose(features("maps", "train", mirrored=True), mirrored, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr(script, "predict", None)
+    assert np.array_equal(features("pooled", "train"), pooled)
+
+
+def test_features_are_computed_again_for_other_images_and_other_weights(base, splits, tmp_path):
+    split = splits["train"]._replace(images=IMAGES)
+    first = script.Features(base, {"train": split}, tmp_path)("maps", "train")
+    other = script.Features(base, {"train": split._replace(images=255 - IMAGES)}, tmp_path)("maps", "train")
+    assert not np.array_equal(first, other)
+    kernel = base.blocks_1_to_4.get_layer("block4_conv3").bias
+    old = kernel.numpy()
+    kernel.assign(old + 1)
+    changed = script.Features(base, {"train": split}, tmp_path)("maps", "train")
+    kernel.assign(old)
+    assert not np.array_equal(first, changed)
+
+
+def test_rounded_kernels_are_close_and_exact_in_16_bits():
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
+    before = model.get_weights()[0]
+    script.round_to_grid(model)
+    after = model.get_weights()[0]
+    assert np.array_equal(after, after.astype("float16"))
+    assert 0 < np.abs(after - before).max() <= before.std() / 32
+    assert len(np.unique(after)) < 300
+
+
+def test_trainable_parameters_of_the_vgg_models(base):
+    head = 512 * 1024 + 1024 + 1024 * 100 + 100
+    block_5 = 3 * (512 * 512 * 9 + 512)
+    counts = {
+        name: sum(int(np.prod(weights.shape)) for weights in script.build_vgg(config, base).trainable_variables)
+        for name, config in script.CONFIGS.items()
+        if isinstance(config, script.VggConfig)
+    }
+    assert counts == {
+        "vgg_features": head,
+        "vgg_top_block": head + block_5,
+        "vgg_full": head + 14_714_688,
+        "vgg_features_64": head + (1280 - 512) * 1024,
+    }
+
+
+def test_no_weights_and_no_network_is_one_line_that_says_where_to_put_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(script, "connection_trouble", lambda url: "its server cannot be reached")
+    with pytest.raises(UserError, match="by hand into") as error:
+        script.load_vgg16(tmp_path)
+    assert str(tmp_path / "models") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------- our own networks
+
+
+@pytest.mark.parametrize("name", ["own_1", "own_2", "own_3"])
+def test_own_networks_have_at_most_3_million_parameters_and_take_images_of_any_size(name):
+    network = script.build_network(script.CONFIGS[name])
+    assert network.count_params() <= 3_000_000
+    for size in (24, 48):
+        probabilities = network.predict(np.zeros((2, size, size, 3)), verbose=0)
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_whitened_patches_are_uncorrelated_with_unit_variance(splits):
+    images = splits["train"].images
+    network = script.build_network(dataclasses.replace(SMALL, whitening=True))
+    script.initialize(network, dataclasses.replace(SMALL, whitening=True), images)
+    patches = keras.Model(network.input, network.get_layer("whitening").output).predict(images, verbose=0)
+    covariance = np.cov(patches.reshape(-1, 24), rowvar=False)
+    # The eigenvalues below the 5e-4 that is added to them are not brought to 1.
+    np.testing.assert_allclose(covariance[:12, :12], np.diag(np.diag(covariance)[:12]), atol=1e-3)
+    assert np.diag(covariance)[6:12] == pytest.approx(1, abs=0.1)
+    np.testing.assert_allclose(patches[..., :12], -patches[..., 12:], atol=1e-4)
+
+
+def test_first_filters_start_as_the_identity():
+    config = dataclasses.replace(SMALL, identity=True)
+    network = script.build_network(config)
+    script.initialize(network, config, IMAGES)
+    convolution = next(layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D))
+    features = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype("float32")
+    np.testing.assert_allclose(convolution(features)[..., :3], features, atol=1e-6)
+
+
+def test_alternating_mirror_shows_each_image_both_ways_in_two_epochs():
+    mirror = script.AlternatingMirror()
+    seen = []
+    for epoch in (0, 1, 2):
+        mirror.epoch.assign(epoch)
+        seen.append(keras.ops.convert_to_numpy(mirror(IMAGES, training=True)))
+    unmodified = [[np.array_equal(a, b) for a, b in zip(images, IMAGES, strict=True)] for images in seen]
+    mirrored = [[np.array_equal(a, b[:, ::-1]) for a, b in zip(images, IMAGES, strict=True)] for images in seen]
+    assert unmodified[0] == mirrored[1] == unmodified[2]
+    assert mirrored[0] == unmodified[1]
+    assert 0 < sum(unmodified[0]) < len(IMAGES)
+    assert np.array_equal(mirror(IMAGES, training=False), IMAGES)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 16), (3, 3, 2, 32)])
+def test_orthogonalised_kernels_have_singular_values_near_1(shape):
+    kernel = np.random.default_rng(0).normal(size=shape).astype("float32") * 7
+    update = keras.ops.convert_to_numpy(script.orthogonalize(kernel))
+    assert update.shape == shape
+    values = np.linalg.svd(update.reshape(-1, shape[-1]), compute_uv=False)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def train(config, folder, resume=False, callbacks=()):
+    splits, _ = script.load_splits(DATA_DIR, sample=True)
+    parts = {part: script.select(splits[part], config.classes) for part in ("train", "validation")}
+    return script.train_own(config, parts["train"], 0, folder=folder, resume=resume, validation=parts["validation"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": "plateau", "learning_rate": 0.5, "augmentation": (), "epochs": 6},
+        {
+            "optimizer": "muon",
+            "averaging": 0.9,
+            "augmentation": ("alternate", "shift"),
+            "small_size": 24,
+            "small_epochs": 2,
+            "whitening": True,
+        },
+    ],
+    ids=["plateau", "parts"],
+)
+def test_resumed_run_equals_an_uninterrupted_one(changes, tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, **changes)
+    network, curves, _ = train(config, tmp_path / "whole")
+    stop_at, count = len(curves["loss"]) - 1, []
+
+    def stop(*_):
+        count.append(1)
+        if len(count) == stop_at + 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        original = training.EpochSeeds.on_epoch_begin
+        patch.setattr(training.EpochSeeds, "on_epoch_begin", lambda self, *rest: (stop(), original(self, *rest)))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "stopped")
+    resumed, resumed_curves, _ = train(config, tmp_path / "stopped", resume=True)
+    assert resumed_curves == curves
+    assert all(np.array_equal(*pair) for pair in zip(resumed.get_weights(), network.get_weights(), strict=True))
+
+
+def test_last_part_trains_the_last_stage_alone_on_upsampled_images(tmp_path):
+    config = dataclasses.replace(SMALL, epochs=1)
+    first, _, _ = train(config, tmp_path / "first")
+    config = dataclasses.replace(config, tuned_size=48, tuned_epochs=1)
+    tuned, curves, _ = train(config, tmp_path / "tuned")
+    assert len(curves["loss"]) == 2
+    assert tuned.input_shape == (None, 32, 32, 3)
+    pairs = [
+        (a.get_weights()[0], b.get_weights()[0])
+        for a, b in zip(*([each for each in net.layers if each.get_weights()] for net in (first, tuned)), strict=True)
+    ]
+    changed = [not np.array_equal(*pair) for pair in pairs]
+    assert changed.index(True) > len(changed) / 2
+    assert all(changed[changed.index(True) :])
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_metrics_of_a_known_case():
+    probabilities = np.full((2, 100), 0.5 / 99)
+    probabilities[0, 3] = probabilities[1, 4] = 0.5
+    metrics = script.classification_metrics(probabilities, np.array([3, 99]))
+    assert metrics["accuracy"] == 0.5
+    assert metrics["log_loss"] == pytest.approx((np.log(2) + np.log(99 / 0.5)) / 2)
+
+
+def test_views_are_the_image_its_mirror_image_and_shifted_copies():
+    views = list(script.augmented_views(IMAGES))
+    assert len(views) == 6
+    assert np.array_equal(views[0], IMAGES)
+    assert np.array_equal(views[1], IMAGES[:, :, ::-1])
+    assert np.array_equal(views[2][:, 1:, 1:], IMAGES[:, :-1, :-1])
+    assert np.array_equal(views[4][:, :-1, :-1], IMAGES[:, 1:, 1:])
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+def test_trained_network_is_restored_with_the_same_metrics(tmp_path):
+    flags = ["--quick", "--sample", "--model", "own_1", "--output-dir", tmp_path]
+    assert run_script(SCRIPT, "tensorflow", "--train", *flags).returncode == 0
+    done = run_script(SCRIPT, "tensorflow", "--load", *flags)
+    assert done.returncode == 0
+    assert "DIFFERS" not in done.stdout
+    rows = json.loads((tmp_path / "runs" / SCRIPT / "verification.json").read_text())["rows"]
+    assert [row["metric"] for row in rows] == ["accuracy", "top_5_accuracy", "log_loss", "augmented_accuracy"]
+    assert all(row["agrees"] for row in rows)
