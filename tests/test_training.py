@@ -249,6 +249,18 @@ def test_cosine_schedule_rises_then_falls_to_zero():
     assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 30, 100])
+def test_cosine_schedule_equals_that_of_keras(steps):
+    schedule, warmup_steps = training.cosine_schedule(0.003, steps), max(steps // 20, 1)
+    expected = keras.optimizers.schedules.CosineDecay(
+        0.0, max(steps - warmup_steps, 1), warmup_target=0.003, warmup_steps=warmup_steps
+    )
+    again = type(schedule).from_config(schedule.get_config())
+    for step in range(steps + 3):
+        assert float(schedule(step)) == pytest.approx(float(expected(step)), abs=0.003 * 1e-7)
+        assert float(again(step)) == float(schedule(step))
+
+
 def test_steps_count_the_last_small_batch():
     assert training.count_steps(25, Config(epochs=3, batch_size=10)) == 9
 
