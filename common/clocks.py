@@ -10,11 +10,9 @@ format, rendered once and kept in `data/cache/clocks/`.
 """
 
 import concurrent.futures
-import errno
 import functools
 import hashlib
 import os
-import shutil
 import types
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from common.datasets import check_array, open_array, open_cache
 from common.errors import UserError
-from common.files import building, read_json, sha256, write_json
+from common.files import sha256
 
 MINUTES = 720  # times that a dial of twelve hours can show
 IMAGES_PER_MINUTE = 25
@@ -464,19 +463,22 @@ def load_clocks(data_dir, size, count=None, sample=False):
     images (or `count`) are rendered, whatever `data_dir` holds. Images rendered without a cache show other scenes than
     the 18,000 of the full set. Raises `UserError` where the course's files are damaged or the cache cannot be written.
     """
-    course, cache = Path(data_dir) / "clocks", Path(data_dir) / "cache" / "clocks"
-    if not sample and any(os.path.lexists(course / name) for name in ("images.npy", "labels.npy")):
+    course, labels, name = Path(data_dir) / "clocks", all_labels(), f"images_{size}"
+    if not sample and any(os.path.lexists(course / file) for file in ("images.npy", "labels.npy")):
         loaded = _load_course(course, size)
         return loaded._replace(images=_spread(loaded.images, count), labels=_spread(loaded.labels, count))
     if sample or count:
         count = count or SAMPLE_COUNT
         images = _render_few(count)[size]
-        return ClockImages(images, _spread(all_labels(), count), "rendered", hashlib.sha256(images).hexdigest())
-    loaded = _open_cache(cache, size)
-    if loaded is None:
-        _render_cache(cache)
-        loaded = _open_cache(cache, size)
-    return loaded
+        return ClockImages(images, _spread(labels, count), "rendered", hashlib.sha256(images).hexdigest())
+
+    def interpret(arrays, manifest):
+        if manifest.get("version") != VERSION:
+            raise ValueError("the cache is of another version")
+        check_array(name, arrays[name], (len(labels), size, size), np.uint8)
+        return ClockImages(arrays[name], labels, "rendered", manifest["sha256"][name])
+
+    return open_cache("clocks", Path(data_dir) / "cache" / "clocks", [name], interpret, _full_set)
 
 
 def _spread(array, count):
@@ -496,81 +498,43 @@ def _render_few(count):
     return images
 
 
-def _open_cache(folder, size):
-    """Memory-maps the rendered images; returns None where they are absent, damaged or of another version."""
-    labels, path = all_labels(), folder / f"images_{size}.npy"
-    try:
-        manifest = read_json(folder / "manifest.json", "")
-        images = _read_array(path, "")
-        checksum = manifest["sha256"][str(size)]
-        intact = manifest["version"] == VERSION and checksum == sha256(path)
-    except (UserError, OSError, KeyError, TypeError):
-        return None
-    if not intact or images.shape != (len(labels), size, size) or images.dtype != np.uint8:
-        return None
-    return ClockImages(images, labels, "rendered", checksum)
-
-
-def _render_cache(folder):
-    """Renders the full set at both sizes into `folder`, which is complete or not there."""
+def _full_set():
+    """Returns what `datasets.write_cache` takes; the images are rendered while they are written."""
     import keras  # for its progress bar
 
     labels = all_labels()
-    needed = len(labels) * sum(size**2 for size in SIZES)
-    if folder.exists():
-        print(f"{folder} is damaged or of another version and is rendered again")
-    print(f"rendering {len(labels):,} clocks into {folder} ({needed / 1e6:.0f} MB)")
-    try:
-        # Ordinary writes: a memory map on a full disk ends the process with a signal instead of an exception.
-        with building(folder) as temporary:
-            if shutil.disk_usage(temporary).free < needed:  # said before minutes of rendering
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            paths = {size: temporary / f"images_{size}.npy" for size in SIZES}
-            bar = keras.utils.Progbar(len(labels), unit_name="image")
-            with open(paths[SIZES[0]], "wb") as small, open(paths[SIZES[1]], "wb") as large:
-                files = dict(zip(SIZES, (small, large), strict=True))
-                for size, file in files.items():
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                for chunk in _render_chunks(labels, first_seed=0):
-                    for size, file in files.items():
-                        file.write(chunk[size].tobytes())
-                    bar.add(len(chunk[size]))
-            checksums = {str(size): sha256(path) for size, path in paths.items()}
-            write_json(temporary / "manifest.json", {"version": VERSION, "sha256": checksums})
-    except OSError as error:
-        raise UserError(
-            f"cannot write {folder}: {error.strerror or error}; free some space or choose another --data-dir"
-        ) from error
+    print(f"rendering {len(labels):,} clocks ({len(labels) * sum(size**2 for size in SIZES) / 1e6:.0f} MB)")
+    bar = keras.utils.Progbar(len(labels), unit_name="image")
+
+    def chunks():
+        for chunk in _render_chunks(labels, first_seed=0):
+            yield from ((f"images_{size}", images) for size, images in chunk.items())
+            bar.add(len(chunk[SIZES[0]]))
+
+    layout = {f"images_{size}": ((len(labels), size, size), np.uint8) for size in SIZES}
+    return layout, chunks(), {"version": VERSION}
 
 
 def _load_course(folder, size):
-    advice = f"put both files of the course into {folder}, or remove the folder to use rendered clocks"
-    images, labels = (_read_array(folder / f"{name}.npy", advice) for name in ("images", "labels"))
-
     def require(condition, problem):
         if not condition:
-            raise UserError(f"{folder}: {problem}; {advice}")
+            raise ValueError(problem)
 
-    fits = images.dtype == np.uint8 and images.shape[1:] in {(side, side) for side in SIZES}
-    require(fits, f"images.npy holds {images.dtype} {images.shape} instead of uint8 (n, 75, 75) or (n, 150, 150)")
-    fits = np.issubdtype(labels.dtype, np.integer) and labels.ndim == 2 and labels.shape[1] == 2
-    require(fits, f"labels.npy holds {labels.dtype} {labels.shape} instead of integers (n, 2)")
-    require(len(images) == len(labels), f"{len(images)} images but {len(labels)} labels")
-    require(len(images) >= MIN_COURSE_IMAGES, f"{len(images)} images, and {MIN_COURSE_IMAGES} are needed at least")
-    in_range = ((labels >= 0) & (labels < (12, 60))).all()
-    require(in_range, "labels.npy holds hours outside 0 to 11 or minutes outside 0 to 59")
-    require(images.shape[1] >= size, f"images.npy holds images of {images.shape[1]} pixels, and {size} are needed")
+    try:
+        images, labels = (open_array(folder / f"{name}.npy") for name in ("images", "labels"))
+        fits = images.dtype == np.uint8 and images.shape[1:] in {(side, side) for side in SIZES}
+        require(fits, f"images.npy holds {images.dtype} {images.shape} instead of uint8 (n, 75, 75) or (n, 150, 150)")
+        fits = np.issubdtype(labels.dtype, np.integer) and labels.ndim == 2 and labels.shape[1] == 2
+        require(fits, f"labels.npy holds {labels.dtype} {labels.shape} instead of integers (n, 2)")
+        require(len(images) == len(labels), f"{len(images)} images but {len(labels)} labels")
+        require(len(images) >= MIN_COURSE_IMAGES, f"{len(images)} images, and {MIN_COURSE_IMAGES} are needed at least")
+        in_range = ((labels >= 0) & (labels < (12, 60))).all()
+        require(in_range, "labels.npy holds hours outside 0 to 11 or minutes outside 0 to 59")
+        require(images.shape[1] >= size, f"images.npy holds images of {images.shape[1]} pixels, and {size} are needed")
+    except ValueError as problem:
+        advice = f"put both files of the course into {folder}, or remove the folder to use rendered clocks"
+        raise UserError(f"{folder}: {problem}; {advice}") from problem
     checksum = sha256(folder / "images.npy")
     if images.shape[1] > size:
         images = _downsample(images, size)
     return ClockImages(images, labels.astype("int64"), "course", checksum)
-
-
-def _read_array(path, advice):
-    """Memory-maps the array in a `.npy` file; what needs pickle is refused."""
-    try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # a damaged header raises whatever its parsing stumbles over
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{path} is missing or damaged ({reason}); {advice}") from error

@@ -1,22 +1,23 @@
 """One loader per dataset: from the official download, or from the tracked samples, to named NumPy arrays.
 
 `load_smallnorb(data_dir)` and its siblings return a `Dataset`. The first call lets TensorFlow Datasets download and
-prepare the data and copies every array to `data_dir/cache/<name>/` as `.npy`. Later calls compare those files with
-their recorded SHA-256 and memory-map them, which imports neither TensorFlow nor TensorFlow Datasets. With `sample=True`
-the images in `data/samples/` are returned instead, which needs no network.
-
-A cache is built in a temporary folder that is renamed when it is complete. A damaged cache is rebuilt from the prepared
-dataset. Every other failure is a `UserError` that names the dataset, its official page and the folder for official
-files that were downloaded by hand.
+prepare the data and copies every array to `data_dir/cache/<name>/`. Later calls compare those files with their recorded
+SHA-256 and memory-map them, without TensorFlow. A damaged cache is built again from the prepared dataset. With
+`sample=True` the images in `data/samples/` are returned instead, which needs no network.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import http.client
 import io
 import json
+import math
 import os
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -27,18 +28,15 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cli import REPOSITORY
-from common.errors import UserError
+from common.errors import UserError, reason
 from common.files import building, read_json, sha256
 
 SAMPLES = REPOSITORY / "data" / "samples"
 RESTORE_SAMPLES = "restore it from the repository: git checkout -- data/samples"
 NETWORK_TIMEOUT_SECONDS = 8
 BATCH_SIZE = 500
-SMALLNORB_ELEVATION_DEGREES = np.arange(30, 75, 5)
-"""Camera elevation above the table for the elevation labels 0 to 8 (LeCun, Huang & Bottou 2004, section 2)."""
-
-SMALLNORB_CATEGORIES = ("animal", "human", "airplane", "truck", "car")
-"""Short names of the five classes of smallNORB, in the order of their labels."""
+SMALLNORB_ELEVATION_DEGREES = np.arange(30, 75, 5)  # above the table, by label (LeCun, Huang & Bottou 2004, section 2)
+SMALLNORB_CATEGORIES = ("animal", "human", "airplane", "truck", "car")  # short names, by label
 
 
 class LabelledImages(NamedTuple):
@@ -84,126 +82,113 @@ class Source:
 
     name: str  # in the TensorFlow Datasets catalogue
     page: str  # the official page
-    download_url: str  # one of the files that TensorFlow Datasets downloads, to find out whether the server answers
-    archives: tuple  # the official files, for a download by hand
-    examples: type  # the `NamedTuple` type of a split
-    features: dict  # from field of `examples` to the feature in TensorFlow Datasets; image features become channels
-    classes: dict  # from label field to the number of its classes; the first field indexes `Dataset.class_names`
+    server: str  # where TensorFlow Datasets downloads the archives from
+    archives: tuple  # the official files
     image_shape: tuple
     sizes: dict  # from split to number of examples
     sample_sizes: dict  # the same of data/samples/
+    examples: type = LabelledImages  # of a split
+    # From field of `examples` to the feature in TensorFlow Datasets; image features become channels.
+    features: dict = dataclasses.field(default_factory=lambda: {"images": ("image",), "labels": "label"})
+    # From label field to the number of its classes; the first field indexes `Dataset.class_names`.
+    classes: dict = dataclasses.field(default_factory=lambda: {"labels": 10})
+
+    def layout(self, sizes):
+        """Returns a dict from the name of each array, such as "train_images", to its shape and type."""
+        return {
+            f"{split}_{field}": ((size, *self.image_shape), np.uint8) if field == "images" else ((size,), np.int64)
+            for split, size in sizes.items()
+            for field in self.features
+        }
 
 
-_IDX_ARCHIVES = tuple(
-    f"{split}-{content}-ubyte.gz" for split in ("train", "t10k") for content in ("images-idx3", "labels-idx1")
-)
-_SMALLNORB_ARCHIVES = tuple(
-    f"smallnorb-5x{toys}x9x18x6x2x96x96-{split}-{content}.mat.gz"
-    for toys, split in (("46789", "training"), ("01235", "testing"))
-    for content in ("dat", "cat", "info")
-)
-
-SOURCES = {
-    source.name: source
-    for source in (
-        Source(
-            name="smallnorb",
-            page="https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
-            download_url=f"https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/{_SMALLNORB_ARCHIVES[1]}",
-            archives=_SMALLNORB_ARCHIVES,
-            examples=StereoImages,
-            features={
-                "images": ("image", "image2"),
-                "category": "label_category",
-                "instance": "instance",
-                "elevation": "label_elevation",
-                "azimuth": "label_azimuth",
-                "lighting": "label_lighting",
-            },
-            classes={"category": 5, "instance": 10, "elevation": 9, "azimuth": 18, "lighting": 6},
-            image_shape=(96, 96, 2),
-            sizes={"train": 24300, "test": 24300},
-            sample_sizes={"train": 100, "test": 150},
-        ),
-        Source(
-            name="mnist",
-            page="http://yann.lecun.com/exdb/mnist/",
-            download_url="https://storage.googleapis.com/cvdf-datasets/mnist/t10k-labels-idx1-ubyte.gz",
-            archives=_IDX_ARCHIVES,
-            examples=LabelledImages,
-            features={"images": ("image",), "labels": "label"},
-            classes={"labels": 10},
-            image_shape=(28, 28, 1),
-            sizes={"train": 60000, "test": 10000},
-            sample_sizes={"train": 300, "test": 300},
-        ),
-        Source(
-            name="fashion_mnist",
-            page="https://github.com/zalandoresearch/fashion-mnist",
-            download_url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/t10k-labels-idx1-ubyte.gz",
-            archives=_IDX_ARCHIVES,
-            examples=LabelledImages,
-            features={"images": ("image",), "labels": "label"},
-            classes={"labels": 10},
-            image_shape=(28, 28, 1),
-            sizes={"train": 60000, "test": 10000},
-            sample_sizes={"train": 300, "test": 300},
-        ),
-        Source(
-            name="cifar10",
-            page="https://www.cs.toronto.edu/~kriz/cifar.html",
-            download_url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-            archives=("cifar-10-binary.tar.gz",),
-            examples=LabelledImages,
-            features={"images": ("image",), "labels": "label"},
-            classes={"labels": 10},
-            image_shape=(32, 32, 3),
-            sizes={"train": 50000, "test": 10000},
-            sample_sizes={"train": 250, "test": 250},
-        ),
-        Source(
-            name="cifar100",
-            page="https://www.cs.toronto.edu/~kriz/cifar.html",
-            download_url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-            archives=("cifar-100-binary.tar.gz",),
-            examples=Cifar100Images,
-            features={"images": ("image",), "labels": "label", "coarse_labels": "coarse_label"},
-            classes={"labels": 100, "coarse_labels": 20},
-            image_shape=(32, 32, 3),
-            sizes={"train": 50000, "test": 10000},
-            sample_sizes={"train": 300, "test": 300},
-        ),
-    )
+_MNIST = {
+    "archives": tuple(
+        f"{split}-{part}-ubyte.gz" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1")
+    ),
+    "image_shape": (28, 28, 1),
+    "sizes": {"train": 60000, "test": 10000},
+    "sample_sizes": {"train": 300, "test": 300},
 }
+_CIFAR = {
+    "page": "https://www.cs.toronto.edu/~kriz/cifar.html",
+    "server": "https://www.cs.toronto.edu/~kriz/",
+    "image_shape": (32, 32, 3),
+    "sizes": {"train": 50000, "test": 10000},
+}
+_SOURCES = (
+    Source(
+        "smallnorb",
+        page="https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
+        server="https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
+        archives=tuple(
+            f"smallnorb-5x{toys}x9x18x6x2x96x96-{split}-{content}.mat.gz"
+            for toys, split in (("46789", "training"), ("01235", "testing"))
+            for content in ("dat", "cat", "info")
+        ),
+        image_shape=(96, 96, 2),
+        sizes={"train": 24300, "test": 24300},
+        sample_sizes={"train": 100, "test": 150},
+        examples=StereoImages,
+        features={
+            "images": ("image", "image2"),
+            "category": "label_category",
+            "instance": "instance",
+            "elevation": "label_elevation",
+            "azimuth": "label_azimuth",
+            "lighting": "label_lighting",
+        },
+        classes={"category": 5, "instance": 10, "elevation": 9, "azimuth": 18, "lighting": 6},
+    ),
+    Source(
+        "mnist",
+        page="http://yann.lecun.com/exdb/mnist/",
+        server="https://storage.googleapis.com/cvdf-datasets/mnist/",
+        **_MNIST,
+    ),
+    Source(
+        "fashion_mnist",
+        page="https://github.com/zalandoresearch/fashion-mnist",
+        server="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        **_MNIST,
+    ),
+    Source("cifar10", archives=("cifar-10-binary.tar.gz",), sample_sizes={"train": 250, "test": 250}, **_CIFAR),
+    Source(
+        "cifar100",
+        archives=("cifar-100-binary.tar.gz",),
+        sample_sizes={"train": 300, "test": 300},
+        examples=Cifar100Images,
+        features={"images": ("image",), "labels": "label", "coarse_labels": "coarse_label"},
+        classes={"labels": 100, "coarse_labels": 20},
+        **_CIFAR,
+    ),
+)
+SOURCES = {source.name: source for source in _SOURCES}
 
 
-def load_smallnorb(data_dir, sample=False):
-    """smallNORB: 24,300 + 24,300 stereo pairs of 50 toys in `StereoImages` (LeCun, Huang & Bottou, CVPR 2004).
+def load(name, data_dir, sample=False):
+    """Returns a `Dataset`: that of `data_dir`, or with `sample` the tracked one in data/samples/.
 
-    With `sample`, the tracked sample in data/samples/, wherever `data_dir` is. Raises `UserError` where the data is
-    neither present nor can be downloaded.
+    Raises `UserError` where the data is neither present nor can be downloaded.
     """
-    return _load("smallnorb", data_dir, sample)
+    source, data_dir = SOURCES[name], Path(data_dir)
+    if sample:
+        return _open_sample(source)
+
+    def interpret(arrays, manifest):
+        if manifest.get("dataset") != name:
+            raise ValueError(f"the cache holds the dataset {manifest.get('dataset')}")
+        return _dataset(source, source.sizes, arrays, manifest.get("class_names"), manifest["sha256"])
+
+    build = functools.partial(_prepare, source, data_dir)
+    return open_cache(name, data_dir / "cache" / name, source.layout(source.sizes), interpret, build)
 
 
-def load_mnist(data_dir, sample=False):
-    """MNIST: 60,000 + 10,000 handwritten digits in `LabelledImages`. Otherwise like `load_smallnorb`."""
-    return _load("mnist", data_dir, sample)
-
-
-def load_fashion_mnist(data_dir, sample=False):
-    """Fashion-MNIST: 60,000 + 10,000 articles of clothing in `LabelledImages`. Otherwise like `load_smallnorb`."""
-    return _load("fashion_mnist", data_dir, sample)
-
-
-def load_cifar10(data_dir, sample=False):
-    """CIFAR-10: 50,000 + 10,000 colour images in `LabelledImages`. Otherwise like `load_smallnorb`."""
-    return _load("cifar10", data_dir, sample)
-
-
-def load_cifar100(data_dir, sample=False):
-    """CIFAR-100: 50,000 + 10,000 colour images in `Cifar100Images`. Otherwise like `load_smallnorb`."""
-    return _load("cifar100", data_dir, sample)
+load_smallnorb = functools.partial(load, "smallnorb")  # LeCun, Huang & Bottou, CVPR 2004
+load_mnist = functools.partial(load, "mnist")
+load_fashion_mnist = functools.partial(load, "fashion_mnist")
+load_cifar10 = functools.partial(load, "cifar10")
+load_cifar100 = functools.partial(load, "cifar100")
 
 
 def area_average(images, size):
@@ -221,72 +206,88 @@ def area_average(images, size):
     weights = (np.clip(overlap, 0, None) * size / side).astype("float32")
     small = np.empty((len(images), size, size, images.shape[3]), "uint8")
     for start in range(0, len(images), 1000):  # so that the float copies stay small
-        rows = np.tensordot(
-            images[start : start + 1000].astype("float32"), weights, (1, 1)
-        )  # (n, column, channel, row)
+        chunk = images[start : start + 1000].astype("float32")
+        rows = np.tensordot(chunk, weights, (1, 1))  # (n, column, channel, row)
         small[start : start + 1000] = np.rint(np.tensordot(rows, weights, (1, 1)).transpose(0, 2, 3, 1))
     return small
 
 
-# --------------------------------------------------------------------------------------------------- caches and samples
+# ----------------------------------------------------------------------------------------------------- caches of arrays
 
 
-def data_folder(data_dir):
-    """Returns `data_dir` as a `pathlib.Path`. Raises `UserError` where it is a file."""
-    data_dir = Path(data_dir)
-    if data_dir.exists() and not data_dir.is_dir():
-        raise UserError(f"{data_dir} is a file; give the folder for datasets with --data-dir or DATA_DIR")
-    return data_dir
+def open_cache(title, cache, names, interpret, build):
+    """Returns `interpret(arrays, manifest)` of the arrays `names` in the folder `cache`, memory-mapped.
+
+    Where the cache is missing, damaged, or `interpret` raises ValueError, it is written with what `build` returns: the
+    arguments `layout`, `chunks` and `about` of `write_cache`. `title` begins every message.
+    """
+    try:
+        return interpret(*_read_cache(cache, names))
+    except FileNotFoundError:
+        pass  # the usual first start
+    except ValueError as damage:
+        print(f"{title}: {damage}; building {cache} again")
+    layout, chunks, about = build()
+    try:
+        write_cache(cache, layout, chunks, about)
+        return interpret(*_read_cache(cache, names))
+    except OSError as error:
+        way_out = "free some space, choose another --data-dir, or add --sample"
+        raise UserError(f"{title}: cannot write {cache} ({reason(error)}); {way_out}") from error
+    except ValueError as damage:
+        raise UserError(f"{title}: {damage}, right after it was written; check the disk, or add --sample") from damage
 
 
-def write_cache(cache, arrays, **about):
-    """Writes (name, array) pairs to the folder `cache` as `<name>.npy`, with `about` and checksums in `manifest.json`.
+def write_cache(cache, layout, chunks, about):
+    """Writes arrays to the folder `cache` as `<name>.npy`, with the dict `about` and checksums in `manifest.json`.
 
-    Raises OSError where the disk is full or the folder cannot be written.
+    `layout` is a dict from name to shape and type; `chunks` yields a name and the next rows of that array, in any order
+    of the arrays. Raises OSError where the disk is full or the folder cannot be written.
     """
     with building(cache) as folder:
-        checksums = {}
-        for name, array in arrays:
-            path = folder / f"{name}.npy"
-            with open(path, "wb") as file:
-                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        needed = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
+        if shutil.disk_usage(folder).free < needed:  # said before minutes of work
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with contextlib.ExitStack() as opened:
+            files = {name: opened.enter_context(open(folder / f"{name}.npy", "wb")) for name in layout}
+            for name, (shape, dtype) in layout.items():
+                descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+                header = {"descr": descr, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(files[name], header)
+            for name, rows in chunks:
                 # Neither a memory map, which dies of SIGBUS on a full disk, nor np.save, which loses the reason.
-                file.write(np.ascontiguousarray(array).view(np.uint8))
-            checksums[name] = sha256(path)
+                files[name].write(np.ascontiguousarray(rows, layout[name][1]).view(np.uint8))
+        checksums = {name: sha256(folder / f"{name}.npy") for name in layout}
         (folder / "manifest.json").write_text(json.dumps({**about, "sha256": checksums}, indent=2) + "\n")
 
 
-def read_cache(cache, names):
-    """Memory-maps the arrays `names` of a folder that `write_cache` wrote; returns them in a dict, and the manifest.
-
-    Raises FileNotFoundError where there is no cache, and ValueError where one of its files is damaged.
-    """
+def _read_cache(cache, names):
+    """Returns a dict of arrays, and the manifest. Raises FileNotFoundError, or ValueError where a file is damaged."""
     if not cache.is_dir():
         raise FileNotFoundError(cache)
     try:
-        manifest = read_json(cache / "manifest.json", "delete the cache")
+        manifest = read_json(cache / "manifest.json", "")
     except UserError as damage:
         raise ValueError(str(damage).rpartition(";")[0]) from damage
     recorded = manifest.get("sha256")
     if not isinstance(recorded, dict) or not set(names) <= recorded.keys():
         raise ValueError(f"{cache / 'manifest.json'} lacks checksums")
-    paths = {name: cache / f"{name}.npy" for name in names}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        try:
-            checksums = dict(zip(names, pool.map(sha256, paths.values()), strict=True))
-        except OSError as error:
-            raise ValueError(f"{error.filename or cache} cannot be read ({error.strerror or error})") from error
-    arrays = {}
-    for name, path in paths.items():
-        if checksums[name] != recorded[name]:
-            raise ValueError(f"{path.name} differs from its recorded checksum")
-        try:
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # a header that makes no sense raises a dozen kinds, from ValueError to TokenError
-            raise ValueError(f"{path.name} is no array ({type(error).__name__})") from error
-        if not isinstance(arrays[name], np.ndarray):
-            raise ValueError(f"{path.name} is an .npz archive")
-    return arrays, manifest
+        opened = pool.map(open_array, (cache / f"{name}.npy" for name in names), (recorded[name] for name in names))
+        return dict(zip(names, opened, strict=True)), manifest
+
+
+def open_array(path, checksum=None):
+    """Memory-maps a `.npy` file, whose SHA-256 must be `checksum` where that is given.
+
+    Raises ValueError where the file is missing or damaged, or holds what needs pickle.
+    """
+    try:
+        if checksum is not None and sha256(path) != checksum:
+            raise ValueError("its checksum is not the recorded one")
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a header that makes no sense raises a dozen kinds, from ValueError to TokenError
+        raise ValueError(f"{path.name} is missing or damaged ({reason(error)})") from error
 
 
 def check_array(name, array, shape, dtype, num_classes=None):
@@ -295,6 +296,22 @@ def check_array(name, array, shape, dtype, num_classes=None):
         raise ValueError(f"{name} holds {array.dtype} {array.shape} instead of {np.dtype(dtype)} {shape}")
     if num_classes and array.size and not 0 <= array.min() <= array.max() < num_classes:
         raise ValueError(f"{name} holds labels outside 0 to {num_classes - 1}")
+
+
+def _dataset(source, sizes, arrays, class_names, checksums):
+    """Raises ValueError where the arrays or the class names are not what `source` says."""
+    for name, (shape, dtype) in source.layout(sizes).items():
+        if name not in arrays:
+            raise ValueError(f"{name} is missing")
+        check_array(name, arrays[name], shape, dtype, source.classes.get(name.partition("_")[2]))
+    number = next(iter(source.classes.values()))
+    if not isinstance(class_names, list) or [type(name) for name in class_names] != [str] * number:
+        raise ValueError(f"there are not {number} class names")
+    train, test = (source.examples(*(arrays[f"{split}_{field}"] for field in source.features)) for split in sizes)
+    return Dataset(source.name, train, test, tuple(class_names), checksums)
+
+
+# -------------------------------------------------------------------------------------------------------------- samples
 
 
 def checked_samples(prefix):
@@ -307,40 +324,9 @@ def checked_samples(prefix):
     if not chosen:
         raise UserError(f"{SAMPLES / 'sha256.json'} is damaged (nothing of {prefix}); {RESTORE_SAMPLES}")
     for path, checksum in chosen.items():
-        try:
-            found = sha256(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error}); {RESTORE_SAMPLES}") from error
-        if found != checksum:
-            raise UserError(f"{path} is damaged; {RESTORE_SAMPLES}")
+        if not path.is_file() or sha256(path) != checksum:
+            raise UserError(f"{path} is missing or damaged; {RESTORE_SAMPLES}")
     return SAMPLES
-
-
-def _load(name, data_dir, sample):
-    source = SOURCES[name]
-    if sample:
-        return _open_sample(source)
-    data_dir = data_folder(data_dir)
-    cache = data_dir / "cache" / name
-    try:
-        return _open_cache(source, cache)
-    except FileNotFoundError:
-        pass  # the usual first start
-    except ValueError as damage:
-        print(f"{name}: {damage}; building {cache} again")
-    _build_cache(source, data_dir, cache)
-    try:
-        return _open_cache(source, cache)
-    except (FileNotFoundError, ValueError) as damage:
-        raise _error(source, data_dir, f"{cache} is damaged right after it was written ({damage})") from damage
-
-
-def _open_cache(source, cache):
-    """Raises FileNotFoundError where there is no cache, ValueError where it is damaged or of another dataset."""
-    arrays, manifest = read_cache(cache, [f"{split}_{field}" for split in source.sizes for field in source.features])
-    if manifest.get("dataset") != source.name:
-        raise ValueError(f"{cache} holds the dataset {manifest.get('dataset')}")
-    return _dataset(source, source.sizes, arrays, manifest.get("class_names"), manifest["sha256"])
 
 
 def _open_sample(source):
@@ -356,100 +342,55 @@ def _open_sample(source):
         class_names, _ = arrays.pop("class_names").tolist(), checksums.pop("class_names")
         return _dataset(source, source.sample_sizes, arrays, class_names, checksums)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); {RESTORE_SAMPLES}") from error
+        raise UserError(f"{path} is damaged ({reason(error)}); {RESTORE_SAMPLES}") from error
 
 
-def _dataset(source, sizes, arrays, class_names, checksums):
-    """Raises ValueError where the arrays or the class names are not what `source` says."""
-    splits = {}
-    for split, size in sizes.items():
-        for field in source.features:
-            name = f"{split}_{field}"
-            if name not in arrays:
-                raise ValueError(f"{name} is missing")
-            check_array(name, arrays[name], *_expected(source, field, size), source.classes.get(field))
-        splits[split] = source.examples(**{field: arrays[f"{split}_{field}"] for field in source.features})
-    number = next(iter(source.classes.values()))
-    if not isinstance(class_names, list) or [type(name) for name in class_names] != [str] * number:
-        raise ValueError(f"there are not {number} class names")
-    return Dataset(source.name, splits["train"], splits["test"], tuple(class_names), checksums)
-
-
-def _expected(source, field, size):
-    """Shape and type of one array of a split."""
-    return ((size, *source.image_shape), np.uint8) if field == "images" else ((size,), np.int64)
-
-
-# ------------------------------------------------------------------------------------------------- the full datasets
-
-
-def _build_cache(source, data_dir, cache):
-    """Copies the prepared dataset into `.npy` files, downloading and preparing it first where needed."""
-    prepared = any((data_dir / source.name).glob("*/dataset_info.json"))
-    by_hand = all((_by_hand(source, data_dir) / archive).is_file() for archive in source.archives)
-    if not prepared and not by_hand:
-        trouble = connection_trouble(source.download_url)  # TFDS alone would retry for minutes
-        if trouble:
-            raise _error(source, data_dir, f"not in {data_dir}, and {trouble}")
-        print(f"{source.name}: not in {data_dir} yet, downloading it with TensorFlow Datasets")
-    try:
-        splits, info = _prepare(source, data_dir)
-        names = info.features[source.features[next(iter(source.classes))]].names
-        arrays = _read_prepared(source, data_dir, splits)
-        write_cache(cache, arrays, dataset=source.name, class_names=names)
-    except OSError as error:
-        raise UserError(
-            f"dataset {source.name}: cannot write {cache} ({error.strerror or error}); free some space, choose another "
-            f"--data-dir, or add --sample"
-        ) from error
+# --------------------------------------------------------------------------------------------------- official datasets
 
 
 def _prepare(source, data_dir):
-    """Returns the splits as `tf.data.Dataset`, and the `tfds.core.DatasetInfo`."""
+    """Has TensorFlow Datasets download and prepare a dataset where needed; returns what `write_cache` takes."""
+    prepared = any((data_dir / source.name).glob("*/dataset_info.json"))
+    by_hand = all((_by_hand(source, data_dir) / archive).is_file() for archive in source.archives)
+    if not prepared and not by_hand:
+        trouble = connection_trouble(source.server + source.archives[-1])  # TFDS alone would retry for minutes
+        if trouble:
+            raise _error(source, data_dir, f"not in {data_dir}, and {trouble}")
+        print(f"{source.name}: not in {data_dir} yet, downloading it with TensorFlow Datasets")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow_datasets as tfds  # slow to import, and only the first start needs it
+    with _tfds_errors(source, data_dir):
+        import tensorflow_datasets as tfds  # slow to import, and only the first start needs it
 
-    try:
-        return tfds.load(
-            source.name,
-            data_dir=data_dir,
-            with_info=True,
-            # Official files in the folder for them are checked and used instead of a download.
-            download_and_prepare_kwargs={
-                "download_config": tfds.download.DownloadConfig(manual_dir=_by_hand(source, data_dir))
-            },
-        )
-    except Exception as error:  # TFDS and TensorFlow raise dozens of kinds
-        raise _tfds_error(source, data_dir, error) from error
+        # Official files in the folder for them are checked and used instead of a download.
+        download = tfds.download.DownloadConfig(manual_dir=_by_hand(source, data_dir))
+        options = {"download_and_prepare_kwargs": {"download_config": download}}
+        splits, info = tfds.load(source.name, data_dir=data_dir, with_info=True, **options)
+    class_names = info.features[source.features[next(iter(source.classes))]].names
+    about = {"dataset": source.name, "class_names": class_names}
+    return source.layout(source.sizes), _batches(source, data_dir, splits), about
 
 
-def _read_prepared(source, data_dir, splits):
-    """Yields the name and the array of every split and field."""
+def _batches(source, data_dir, splits):
+    """Yields the name and the next rows of every array."""
     for split, size in source.sizes.items():
-        arrays = {field: np.empty(*_expected(source, field, size)) for field in source.features}
-        start = 0
-        try:
+        found = 0
+        with _tfds_errors(source, data_dir):
             for batch in splits[split].batch(BATCH_SIZE).as_numpy_iterator():
-                stop = start + len(next(iter(batch.values())))
+                images = np.concatenate([batch[feature] for feature in source.features["images"]], axis=-1)
+                found += len(images)
                 for field, feature in source.features.items():
-                    values = (
-                        np.concatenate([batch[each] for each in feature], axis=-1)
-                        if field == "images"
-                        else batch[feature]
-                    )
-                    if stop > size or values.shape[1:] != arrays[field].shape[1:]:
-                        found = f"{stop} x {values.shape[1:]} instead of {arrays[field].shape}"
-                        raise _error(source, data_dir, f"the {split} {field} are {found}")
-                    arrays[field][start:stop] = values
-                start = stop
-        except UserError:
-            raise
-        except Exception as error:
-            raise _tfds_error(source, data_dir, error) from error
-        if start != size:
-            raise _error(source, data_dir, f"the prepared {split} split has {start} examples instead of {size}")
-        for field in list(arrays):
-            yield f"{split}_{field}", arrays.pop(field)  # so that memory is freed as soon as it is written
+                    yield f"{split}_{field}", images if field == "images" else batch[feature]
+        if found != size:
+            raise _error(source, data_dir, f"the prepared {split} split has {found} examples instead of {size}")
+
+
+@contextlib.contextmanager
+def _tfds_errors(source, data_dir):
+    try:
+        yield
+    except Exception as error:  # TFDS and TensorFlow raise dozens of kinds
+        trouble = f"TensorFlow Datasets failed ({type(error).__name__}: {reason(error)})"
+        raise _error(source, data_dir, trouble) from error
 
 
 def connection_trouble(url):
@@ -475,11 +416,6 @@ def connection_trouble(url):
         return outcome.result(timeout=NETWORK_TIMEOUT_SECONDS)
     except concurrent.futures.TimeoutError:
         return f"its server does not answer within {NETWORK_TIMEOUT_SECONDS} seconds"
-
-
-def _tfds_error(source, data_dir, error):
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return _error(source, data_dir, f"TensorFlow Datasets failed ({type(error).__name__}: {reason})")
 
 
 def _error(source, data_dir, trouble):

@@ -1,8 +1,8 @@
 """Loader of PASCAL VOC 2012: images with segmentation masks, in squares of one size.
 
 `load_voc(data_dir, image_size)` downloads the official archive where the dataset is missing, unpacks what it needs to
-`data_dir/VOCdevkit/VOC2012/`, and keeps the squares in `data_dir/cache/voc_<image_size>/`. With `sample=True` it reads
-the miniature of that tree in `data/samples/` instead and writes nothing.
+`data_dir/VOCdevkit/VOC2012/`, and caches the squares. With `sample=True` it reads the miniature of that tree in
+`data/samples/` instead and writes nothing.
 
 The test images are the validation list of the challenge, whose own test set has no public masks. A tenth of the
 training list is held out for validation.
@@ -10,49 +10,22 @@ training list is held out for validation.
 
 import hashlib
 import socket
-import sys
 import tarfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from common.datasets import (
-    RESTORE_SAMPLES,
-    check_array,
-    checked_samples,
-    connection_trouble,
-    data_folder,
-    read_cache,
-    write_cache,
-)
-from common.errors import UserError
+from common.datasets import RESTORE_SAMPLES, check_array, checked_samples, connection_trouble, open_cache
+from common.errors import UserError, reason
 from common.files import building
 
 BACKGROUND, VOID = 0, 255  # labels; 1 to 20 are the classes of objects
 CLASSES = (
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "dining table",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "potted plant",
-    "sheep",
-    "sofa",
-    "train",
-    "tv",
-)
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
+    "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv",
+)  # fmt: skip
 ARCHIVE = "VOCtrainval_11-May-2012.tar"
 ARCHIVE_MD5 = "6cd6e144f989b92b3379bac3b3de84fd"
 ARCHIVE_SOURCES = (
@@ -78,13 +51,13 @@ class SegmentationImages(NamedTuple):
 def load_voc(data_dir, image_size, sample=False):
     """PASCAL VOC 2012: dict of `SegmentationImages` ("train", "validation", "test"), and the SHA-256 of each part.
 
-    With `sample`, the tracked sample in data/samples/, wherever `data_dir` is. Raises `UserError` where the dataset is
-    neither present nor can be downloaded.
+    With `sample`, the tracked sample in data/samples/. Raises `UserError` where the dataset is neither present nor can
+    be downloaded, or one of its files is damaged.
     """
     if sample:
-        lists = _read_sample(checked_samples("VOCdevkit/") / "VOCdevkit" / "VOC2012", image_size)
+        lists = _read_lists(checked_samples("VOCdevkit/") / "VOCdevkit" / "VOC2012", image_size, RESTORE_SAMPLES)
     else:
-        lists = _load_lists(data_folder(data_dir), image_size)
+        lists = _load_lists(Path(data_dir), image_size)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(lists["training"].names))
     tenth = len(order) // 10
     parts = {
@@ -128,16 +101,13 @@ def voc_folder(data_dir):
     print(f"unpacking {archive}")
     try:
         with building(folder) as temporary, tarfile.open(archive) as members:
-            wanted = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
             for member in members:
-                inside = member.name.partition("VOC2012/")[2]
-                if inside.startswith(wanted):
-                    member.name = inside
+                member.name = member.name.partition("VOC2012/")[2]
+                if member.name.startswith(("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")):
                     members.extract(member, temporary, filter="data")
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise UserError(
-            f"{archive} cannot be unpacked ({error}); delete it, free some space, or add --sample"
-        ) from error
+        way_out = "delete it, free some space, or add --sample"
+        raise UserError(f"{archive} cannot be unpacked ({reason(error)}); {way_out}") from error
     return folder
 
 
@@ -155,16 +125,10 @@ def _download(archive, folder):
                 continue
             try:
                 archive.parent.mkdir(parents=True, exist_ok=True)
-                keras.utils.get_file(
-                    ARCHIVE,
-                    source,
-                    file_hash=ARCHIVE_MD5,
-                    cache_dir=archive.parent.parent,
-                    cache_subdir=archive.parent.name,
-                )
+                keras.utils.get_file(ARCHIVE, source, file_hash=ARCHIVE_MD5, cache_dir=archive.parent, cache_subdir="")
                 return
             except Exception as error:  # a bare Exception is what Keras raises for a failed download
-                trouble = (str(error).splitlines() or [type(error).__name__])[0][:150]
+                trouble = reason(error)
     finally:
         socket.setdefaulttimeout(before)
     raise UserError(
@@ -176,105 +140,66 @@ def _download(archive, folder):
 
 def _load_lists(data_dir, image_size):
     """Returns `SegmentationImages` of the lists "training" and "test", from the cache where there is one."""
-    cache = data_dir / "cache" / f"voc_{image_size}"
-    try:
-        return _open_cache(cache, image_size)
-    except FileNotFoundError:
-        pass  # the usual first start
-    except ValueError as damage:
-        print(f"PASCAL VOC 2012: {damage}; building {cache} again")
-    folder = voc_folder(data_dir)
+    fields = SegmentationImages._fields
+
+    def interpret(arrays, _):
+        lists = {}
+        for part in ("training", "test"):
+            images, masks, names = (arrays[f"{part}_{field}"] for field in fields)
+            if names.ndim != 1 or names.dtype.kind != "U" or not len(names):
+                raise ValueError(f"{part}_names holds {names.dtype} {names.shape} instead of names")
+            square = (len(names), image_size, image_size)
+            check_array(f"{part}_images", images, (*square, 3), np.uint8)
+            check_array(f"{part}_masks", masks, square, np.uint8)
+            _check_labels(f"{part}_masks", masks)
+            lists[part] = SegmentationImages(images, masks, names)
+        return lists
+
+    def build():
+        folder = voc_folder(data_dir)
+        print(f"reading the images of {folder}")
+        lists = _read_lists(folder, image_size, f"unpack VOC 2012 again into {data_dir}, or add --sample")
+        arrays = {f"{part}_{field}": array for part, some in lists.items() for field, array in some._asdict().items()}
+        layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        return layout, arrays.items(), {"dataset": "voc2012", "image_size": image_size}
+
+    names = [f"{part}_{field}" for part in ("training", "test") for field in fields]
+    return open_cache("PASCAL VOC 2012", data_dir / "cache" / f"voc_{image_size}", names, interpret, build)
+
+
+def _read_lists(folder, image_size, advice):
+    """Reads the longest training list and the masks that go with it, and the test list."""
     listed = folder / "ImageSets" / "Segmentation"
     extended = folder / "SegmentationClassAug"
     masks_folder = extended if extended.is_dir() else folder / "SegmentationClass"
     training_list = listed / "trainaug.txt" if (listed / "trainaug.txt").exists() else listed / "train.txt"
-    advice = f"unpack VOC 2012 again into {data_dir}, or add --sample"
-    print(f"reading the images of {training_list.name} and val.txt")
-    lists = {
-        "training": _read_list(folder, training_list, masks_folder, image_size, advice),
-        "test": _read_list(folder, listed / "val.txt", masks_folder, image_size, advice),
-    }
-    arrays = ((f"{part}_{field}", array) for part, some in lists.items() for field, array in some._asdict().items())
-    try:
-        write_cache(cache, arrays, dataset="voc2012", image_size=image_size)
-    except OSError as error:
-        raise UserError(
-            f"PASCAL VOC 2012: cannot write {cache} ({error.strerror or error}); free some space, choose another "
-            f"--data-dir, or add --sample"
-        ) from error
-    return lists
-
-
-def _open_cache(cache, image_size):
-    """Raises FileNotFoundError where there is no cache, ValueError where it is damaged."""
-    fields = SegmentationImages._fields
-    arrays, _ = read_cache(cache, [f"{part}_{field}" for part in ("training", "test") for field in fields])
-    lists = {}
-    for part in ("training", "test"):
-        images, masks, names = (arrays[f"{part}_{field}"] for field in fields)
-        if names.ndim != 1 or names.dtype.kind != "U" or not len(names):
-            raise ValueError(f"{part}_names holds {names.dtype} {names.shape} instead of names")
-        square = (len(names), image_size, image_size)
-        check_array(f"{part}_images", images, (*square, 3), np.uint8)
-        check_array(f"{part}_masks", masks, square, np.uint8)
-        _check_labels(f"{part}_masks", masks)
-        lists[part] = SegmentationImages(images, masks, names)
-    return lists
-
-
-def _read_sample(folder, image_size):
-    listed, masks_folder = folder / "ImageSets" / "Segmentation", folder / "SegmentationClass"
-    return {
-        part: _read_list(folder, listed / f"{name}.txt", masks_folder, image_size, RESTORE_SAMPLES)
-        for part, name in (("training", "train"), ("test", "val"))
-    }
+    lists = {"training": training_list, "test": listed / "val.txt"}
+    return {part: _read_list(folder, path, masks_folder, image_size, advice) for part, path in lists.items()}
 
 
 def _read_list(folder, names_file, masks_folder, image_size, advice):
-    """Reads all images of a list; those that cannot be used are named on stderr and left out."""
+    """Reads all images of a list; the `UserError` names the first file that is missing or damaged."""
+    images, masks = [], []
+    path = names_file
     try:
-        listed = names_file.read_text(encoding="utf-8").split()
-    except FileNotFoundError as error:
-        raise UserError(f"{names_file} is missing; {advice}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{names_file} is damaged; {advice}") from error
-    images, masks, names = [], [], []
-    for name in listed:
-        try:
-            image, mask = _read_pair(folder, masks_folder, name)
-            square = fit_square(mask, image_size, Image.Resampling.NEAREST, VOID)  # labels have no average
-            _check_labels(masks_folder / f"{name}.png", square)
-        except ValueError as trouble:
-            print(f"left out: {trouble}", file=sys.stderr)
-            continue
-        images.append(fit_square(image, image_size, Image.Resampling.BILINEAR, 0))
-        masks.append(square)
-        names.append(name)
-    if len(names) < len(listed):
-        print(f"{len(listed) - len(names)} of {len(listed)} images of {names_file.name} were left out", file=sys.stderr)
-    if not names:
-        raise UserError(f"no image of {names_file} can be used; {advice}")
-    return SegmentationImages(np.stack(images), np.stack(masks), np.array(names))
-
-
-def _read_pair(folder, masks_folder, name):
-    """Reads an RGB image and its palette mask; ValueError says which is missing, damaged or of another size."""
-    pair = []
-    for path in (folder / "JPEGImages" / f"{name}.jpg", masks_folder / f"{name}.png"):
-        try:
+        names = names_file.read_text(encoding="utf-8").split()
+        if not names:
+            raise ValueError("it is empty")
+        for name in names:
+            path = folder / "JPEGImages" / f"{name}.jpg"
             with Image.open(path) as image:
-                image.load()
-                pair.append(image)
-        except FileNotFoundError as error:
-            raise ValueError(f"{path} is missing") from error
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is damaged") from error
-    image, mask = pair
-    if image.size != mask.size:
-        raise ValueError(f"{name}: image and mask have different sizes, {image.size} and {mask.size}")
-    if mask.mode not in ("P", "L"):
-        raise ValueError(f"{masks_folder / name}.png is no palette image ({mask.mode})")
-    return image.convert("RGB"), mask
+                images.append(fit_square(image.convert("RGB"), image_size, Image.Resampling.BILINEAR, 0))
+            path = masks_folder / f"{name}.png"
+            with Image.open(path) as mask:
+                if mask.mode not in ("P", "L") or mask.size != image.size:
+                    raise ValueError(f"{mask.mode} {mask.size} is no mask of an image {image.size}")
+                masks.append(fit_square(mask, image_size, Image.Resampling.NEAREST, VOID))  # labels have no average
+            _check_labels("it", masks[-1])
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; {advice}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is damaged ({reason(error)}); {advice}") from error
+    return SegmentationImages(np.stack(images), np.stack(masks), np.array(names))
 
 
 def _check_labels(name, masks):
