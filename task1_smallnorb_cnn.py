@@ -660,7 +660,8 @@ def report(arguments, dataset):
         measured[name], predictions[name] = evaluate(network, test)
         rows += results.compare(card, measured[name], part=part, size=size, sha256=dataset.checksums)
         if arguments.record:
-            results.record_metrics(folder / f"{name}.json", **{part: (size, measured[name])})
+            checksums = None if arguments.sample else dataset.checksums
+            results.record_metrics(folder / f"{name}.json", checksums, **{part: (size, measured[name])})
     references = reference_errors(dataset.train, dataset.test)
     print("baselines without a network:", *(f"{name} {value:.4f}" for name, value in references.items()), sep="\n  ")
     if (arguments.train or arguments.record) and not arguments.sample:

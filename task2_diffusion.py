@@ -328,8 +328,8 @@ def train(arguments):
         trained[name] = (seed, config, *run)
     if "judge" in trained:
         classifier = trained["judge"][2]
-        measured["judge"] = evaluate_classifier(classifier, images, arguments.sample)
-        measured["judge"] |= evaluate_classifier(classifier, {"sample": sample["test"]}, sample=True)
+        measured["judge"] = evaluate_classifier(classifier, images)
+        measured["judge"] |= evaluate_classifier(classifier, {"sample": sample["test"]})
     if "network" in trained:
         seed, config, network, *_ = trained["network"]
         on_sample = evaluate(network, config, classifier, sample, seed, **options | {"sample": True})
@@ -411,15 +411,10 @@ def agreement(classifier, images, category, elevation):
     return measured, predicted
 
 
-def evaluate_classifier(classifier, images, sample):
+def evaluate_classifier(classifier, images):
     """Returns the metrics of the evaluation classifier on every part of `images` (dict of `LeftViews`)."""
-    classifier = for_measuring(classifier, sample)
+    classifier = models.for_prediction(classifier, min(len(examples.images) for examples in images.values()))
     return {part: agreement(classifier, *examples)[0] for part, examples in images.items()}
-
-
-def for_measuring(model, sample):
-    """Returns a model that computes fast or, with `sample`, in float32: few images must not depend on the processor."""
-    return model if sample else models.for_prediction(model)
 
 
 def low_resolution(images):
@@ -448,8 +443,10 @@ def evaluate(network, config, classifier, images, seed, *, sample, quick):
     if quick:
         sampling, count = dataclasses.replace(sampling, steps=QUICK_STEPS), NUM_CONDITIONS
     print(f"\ngenerating and measuring {count:,} samples: {sampling.steps} steps of {sampling.sampler.upper()}")
-    sampler = build_sampler(for_measuring(network, sample), config, sampling)
-    classifier, feature_network = (for_measuring(model, sample) for model in (classifier, load_feature_network()))
+    network, classifier, feature_network = (
+        models.for_prediction(model, count) for model in (network, classifier, load_feature_network())
+    )
+    sampler = build_sampler(network, config, sampling)
     category, elevation = every_condition(count)
     samples = generate(sampler, category, elevation, seed, batch_size=NUM_CONDITIONS if sample else PREDICT_BATCH_SIZE)
     agreed, predicted = agreement(classifier, samples, category, elevation)
@@ -549,7 +546,7 @@ def report(arguments, evaluation=None):
     cards = {name: restored[name][2] for name in names}
     images, checksums = load_images(arguments.data_dir, **options)
     classifier = restored["judge"][0]
-    measured = {"judge": evaluate_classifier(classifier, images, arguments.sample)}
+    measured = {"judge": evaluate_classifier(classifier, images)}
     if "network" in names:
         network, config, _ = restored["network"]
         evaluation = evaluation or evaluate(network, config, classifier, images, arguments.seed, **options)
@@ -563,7 +560,7 @@ def report(arguments, evaluation=None):
         if arguments.record:
             found = {each: (size, measured[name][each]) for each, size in sizes.items()}
             found = {"sample": found["test"]} if arguments.sample else found
-            results.record_metrics(model_path(arguments, name), **found)
+            results.record_metrics(model_path(arguments, name), None if arguments.sample else checksums, **found)
     if arguments.train or (arguments.record and not arguments.sample):
         summary = summarise(cards, measured, evaluation, read_experiments(arguments))
         written.append(results.write_results(SCRIPT, arguments, summary))
