@@ -674,7 +674,7 @@ def main(argv=None):
     group = flags.add_argument_group("conditional sampling, with --load; what is left out is random")
     group.add_argument("--category", choices=CATEGORIES)
     group.add_argument("--elevation", type=int, choices=DEGREES.tolist(), metavar="DEGREES", help="30, 35 ... 70")
-    count, steps, guidance = cli.whole_number(1, 10_000), cli.whole_number(1, 1000), cli.real_number(0, 20)
+    count, steps, guidance = cli.number(int, 1, 10_000), cli.number(int, 1, 1000), cli.number(float, 0, 20)
     group.add_argument("--samples", type=count, metavar="N", help="number of images (default: 64)")
     group.add_argument("--steps", type=steps, metavar="N", help=f"of denoising (default: {SAMPLING.steps})")
     guidance_help = f"0 ignores the condition, more than 1 exaggerates it (default: {SAMPLING.guidance:g})"

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import shlex
 import signal
@@ -15,7 +14,6 @@ from common.errors import UserError
 from common.files import check_writable, remove_leftovers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MAX_EPOCHS, MAX_BATCH_SIZE, MAX_SEED = 100_000, 100_000, 2**32 - 1
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells use it
 
 
@@ -35,55 +33,33 @@ def parser(description, models):
     flags = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     mode = flags.modes = flags.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="build, fit, measure, save, write results and figures")
-    mode.add_argument(
-        "--load",
-        action="store_true",
-        help="restore from saved_models/, measure, compare with the recorded numbers, write figures",
-    )
+    compare = "restore from saved_models/, measure, compare with the recorded numbers, write figures"
+    mode.add_argument("--load", action="store_true", help=compare)
     mode.add_argument("--experiments", action="store_true", help="the comparison behind the choices (resumable)")
     if len(models) > 1:
         flags.add_argument("--model", choices=models, help="one of the models (default: all)")
     flags.add_argument("--quick", action="store_true", help="a few batches into runs/quick/: proves that it works")
-    flags.add_argument(
-        "--sample", action="store_true", help="use the images in data/samples/ instead of the full dataset"
-    )
-    flags.add_argument(
-        "--epochs", type=whole_number(1, MAX_EPOCHS), metavar="N", help="passes over the training images"
-    )
-    flags.add_argument(
-        "--batch-size", type=whole_number(1, MAX_BATCH_SIZE), metavar="N", help="examples per optimisation step"
-    )
-    flags.add_argument(
-        "--seed",
-        type=whole_number(0, MAX_SEED),
-        default=0,
-        metavar="N",
-        help="seed of everything random (default: 0)",
-    )
+    tracked = "use the images in data/samples/ instead of the full dataset"
+    flags.add_argument("--sample", action="store_true", help=tracked)
+    positive, seed = number(int, 1, 100_000), number(int, 0, 2**32 - 1)
+    flags.add_argument("--epochs", type=positive, metavar="N", help="passes over the training images")
+    flags.add_argument("--batch-size", type=positive, metavar="N", help="examples per optimisation step")
+    flags.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of everything random (default: 0)")
     flags.add_argument("--resume", action="store_true", help="resume a stopped training run from its last checkpoint")
     flags.add_argument("--record", action="store_true", help="with --load: write the measured numbers down (authors)")
-    flags.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("DATA_DIR", REPOSITORY / "data")),
-        metavar="DIR",
-        help="where datasets are kept (default: $DATA_DIR, else data)",
-    )
-    flags.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="DIR",
-        help="where everything is written, and models are looked for first (default: the repository; runs/quick with "
-        "--quick, runs/sample with --sample)",
-    )
+    folder, data_dir = {"type": Path, "metavar": "DIR"}, Path(os.environ.get("DATA_DIR", REPOSITORY / "data"))
+    kept = "where datasets are kept (default: $DATA_DIR, else data)"
+    flags.add_argument("--data-dir", **folder, default=data_dir, help=kept)
+    written = "where everything is written, and models are looked for first (default: the repository; "
+    written += "runs/quick with --quick, runs/sample with --sample)"
+    flags.add_argument("--output-dir", **folder, help=written)
     return flags
 
 
 def parse(flags, argv=None):
-    """Parses the command line and makes sure that the output directory can be written.
+    """Parses the command line and makes sure that the output directory can be written. Raises `UserError`.
 
-    Returns an `argparse.Namespace` with one attribute per flag, `output_dir` filled in, and `command`, the command line
-    as one would type it again. Raises `UserError` on an unknown flag or a value that makes no sense.
+    The `argparse.Namespace` also has `command`, the command line as one would type it again.
     """
     arguments = flags.parse_args(argv)
     if arguments.output_dir is None:
@@ -113,28 +89,30 @@ def with_flags(config, arguments):
     )
 
 
-def whole_number(low, high):
-    """Returns the type of a flag that takes a whole number from `low` to `high`."""
+def number(kind, low, high):
+    """Returns the type of a flag that takes a number from `low` to `high`; `kind` is int or float."""
 
     def convert(text):
         with contextlib.suppress(ValueError):
-            if low <= int(text) <= high:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+            if low <= kind(text) <= high:
+                return kind(text)
+        words = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words} from {low} to {high}")
 
     return convert
 
 
-def real_number(low, high):
-    """Returns the type of a flag that takes a number from `low` to `high`."""
-
-    def convert(text):
-        with contextlib.suppress(ValueError):
-            if low <= float(text) <= high and math.isfinite(float(text)):
-                return float(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-
-    return convert
+@contextlib.contextmanager
+def silent_stderr():
+    """Keeps off the screen what is written to standard error, also by C code. Yields the descriptor of the screen."""
+    screen, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield screen
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+        os.close(null)
 
 
 def run(main, argv=None):
@@ -149,8 +127,8 @@ def run(main, argv=None):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode must not end a training run
     interrupted = []
 
-    def interrupt(number, frame):
-        interrupted.append(number)
+    def interrupt(*received):
+        interrupted.append(received)
         raise KeyboardInterrupt
 
     if argv is None:  # the process is ours; within a test the handler is not

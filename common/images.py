@@ -1,6 +1,5 @@
 """Image files of the user: reading what `--predict` is given, and where its results go."""
 
-import contextlib
 import os
 import stat
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.errors import UserError
+from common.cli import silent_stderr
+from common.errors import UserError, reason
 
 MAX_PIXELS = 67_000_000  # segmenting needs about 50 bytes per pixel
 
@@ -25,7 +25,7 @@ def read_image(path, mode):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
             raise UserError(f"{name} is a folder or a device; name image files")
-        with warnings.catch_warnings(action="ignore"), _silent_stderr(), Image.open(path) as file:
+        with warnings.catch_warnings(action="ignore"), silent_stderr(), Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             file.load()
@@ -39,21 +39,8 @@ def read_image(path, mode):
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image that can be read; convert it to PNG or JPEG") from error
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        reason = getattr(error, "strerror", None) or printable(error)[:100] or type(error).__name__
-        raise UserError(f"{name} cannot be read ({reason}); check it or convert it to PNG or JPEG") from error
-
-
-@contextlib.contextmanager
-def _silent_stderr():
-    """Keeps messages off the screen, including those that libtiff writes past `sys.stderr`."""
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(null)
+        trouble = printable(reason(error))
+        raise UserError(f"{name} cannot be read ({trouble}); check it or convert it to PNG or JPEG") from error
 
 
 def _convert(image, mode):
@@ -74,8 +61,8 @@ def _convert(image, mode):
 def output_paths(path, suffixes):
     """Returns where the results for the image file at `path` go: `dog.jpg` and "mask" give `dog_mask.png` beside it.
 
-    Where one of these files exists, all get a number (`dog_2_mask.png`, ...), so that nothing is ever overwritten:
-    neither a file of the user, nor earlier results, nor those for `dog.png`. Call it just before writing.
+    Where one of these files exists, all get a number (`dog_2_mask.png`, ...), so that no file of the user, no earlier
+    results, nor those for `dog.png`, are ever overwritten. Call it just before writing.
     """
     path = Path(path)
     number, paths = 1, [path.with_name(f"{path.stem}_{suffix}.png") for suffix in suffixes]

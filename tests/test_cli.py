@@ -63,7 +63,7 @@ def test_a_wrong_command_line_is_a_user_error(argv, message):
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-0.1", "20.1", "much"])
 def test_real_numbers_have_a_range(text):
-    convert = cli.real_number(0, 20)
+    convert = cli.number(float, 0, 20)
     assert convert("1.5") == 1.5
     with pytest.raises(cli.argparse.ArgumentTypeError, match="is not a number from 0 to 20"):
         convert(text)
