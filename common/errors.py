@@ -6,6 +6,6 @@ class UserError(Exception):
 
 
 def reason(error):
-    """Returns what an exception says, at most 150 characters of its first line."""
+    """Returns what an exception says, at most 200 characters of its first line."""
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return getattr(error, "strerror", None) or first_line[:150]
+    return getattr(error, "strerror", None) or first_line[:200]

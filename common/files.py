@@ -8,17 +8,18 @@ import re
 import shutil
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, reason
 
 TEMPORARY = re.compile(r"\.(\d+)\..+")  # ".<process>.<final name>"
+H5PY_ERRORS = (OSError, RuntimeError)  # the latter is what h5py raises on a full disk
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, errors=OSError):
     """Yields a temporary path beside `path` and renames it to `path` when the block ends without an error.
 
-    The temporary name keeps the suffix, by which Keras and matplotlib choose the format. Raises `UserError` where the
-    disk is full or the folder cannot be written.
+    The temporary name keeps the suffix, by which Keras and matplotlib choose the format. Raises `UserError` in place of
+    `errors`, which say that the disk is full or the folder cannot be written: `H5PY_ERRORS` where h5py writes the file.
     """
     path = Path(path)
     temporary = _temporary_name(path)
@@ -26,8 +27,8 @@ def replacing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        raise write_error(path, error) from error
+    except errors as error:
+        raise _write_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
@@ -55,10 +56,8 @@ def _temporary_name(path):
     return path.with_name(f".{os.getpid()}.{path.name}")
 
 
-def write_error(path, error):
-    """Returns the `UserError` for an exception raised while `path` was written."""
-    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return UserError(f"cannot write {path}: {reason}; free some space or choose another --output-dir")
+def _write_error(path, error):
+    return UserError(f"cannot write {path}: {reason(error)}; free some space or choose another --output-dir")
 
 
 def check_writable(folder):
@@ -68,9 +67,7 @@ def check_writable(folder):
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))
     except OSError as error:
-        raise UserError(
-            f"cannot write into {folder}: {error.strerror or error}; free some space or choose another --output-dir"
-        ) from error
+        raise _write_error(f"into {folder}", error) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -104,16 +101,13 @@ def write_json(path, content):
 
 
 def read_json(path, advice):
-    """Returns the JSON object (dict) in the file at `path`.
-
-    Raises `UserError` where the file is missing, truncated, or holds no object; `advice` says what to do about it.
-    """
+    """Returns the JSON object in a file as a dict. Raises `UserError` where there is none, which ends with `advice`."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {advice}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:100]}); {advice}") from error
+        raise UserError(f"{path} is damaged ({reason(error)}); {advice}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged (it holds no JSON object); {advice}")
     return content

@@ -14,33 +14,18 @@ import keras
 import numpy as np
 
 from common.cli import REPOSITORY
-from common.errors import UserError
-from common.files import read_json, replacing, sha256, write_error, write_json
+from common.errors import UserError, reason
+from common.files import H5PY_ERRORS, read_json, replacing, sha256, write_json
 from common.training import count_steps, fast_precision
 
 FEW_IMAGES = 500  # from so many on, predictions are worth the preparation of a faster network
 PACKAGES = ("keras", "tensorflow", "jax", "numpy", "scikit-learn")
 RESTORE = "restore it with `git checkout`, or make it with --train"
-CARD_FIELDS = {  # what every card must have, and its type
-    "script": str,
-    "model": str,
-    "command": str,
-    "git_commit": str,
-    "seed": int,
-    "config": dict,
-    "epochs": (int, float),
-    "steps": int,
-    "batch_size": int,
-    "parameters": dict,
-    "dataset": dict,
-    "backend": str,
-    "precision": str,
-    "versions": dict,
-    "hardware": str,
-    "seconds": (int, float),
-    "curves": dict,
-    "metrics": dict,
-    "weights_sha256": str,
+CARD_FIELDS = {  # what every card must have, by type
+    str: ("script", "model", "command", "git_commit", "backend", "precision", "hardware", "weights_sha256"),
+    int: ("seed", "steps", "batch_size"),
+    (int, float): ("epochs", "seconds"),
+    dict: ("config", "parameters", "dataset", "versions", "curves", "metrics"),
 }
 
 
@@ -69,33 +54,28 @@ def git_commit():
     return found.stdout.strip() or "unknown: not a git checkout"
 
 
+def conditions():
+    """Returns what predictions depend on, up to rounding."""
+    return {"backend": keras.backend.backend(), "precision": fast_precision(), "hardware": hardware()}
+
+
 def environment():
-    """Returns what a measured number depends on: commit, date, backend, precision, package versions, hardware."""
+    """Returns what a measured number depends on: `conditions`, commit, date and package versions."""
     installed = {package.metadata["Name"].lower() for package in metadata.distributions()}
+    versions = {name: metadata.version(name) for name in PACKAGES if name in installed}
     return {
         "git_commit": git_commit(),
         "date": datetime.date.today().isoformat(),
-        "backend": keras.backend.backend(),
-        "precision": fast_precision(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in PACKAGES if name in installed},
-        },
-        "hardware": hardware(),
+        "versions": {"python": platform.python_version(), **versions},
+        **conditions(),
     }
 
 
 def card(script, model, arguments, *, config, seed, dataset, curves, seconds, metrics):
     """Returns the card of a model that was trained and measured just now, but for what `save_model` adds.
 
-    Args:
-        script, model: names.
-        arguments: the parsed command line.
-        config: dataclass instance with, among others, `epochs` and `batch_size`.
-        dataset: dict with "name", the number of images of each part ("train", "validation", "test", "sample") and
-            "sha256", the checksums of the arrays.
-        curves, seconds: as `training.fit` returns them.
-        metrics: dict from part to metrics.
+    `dataset` is a dict with "name", the number of images of each part ("train", "validation", "test", "sample") and
+    "sha256", the checksums of the arrays; `metrics` is a dict from part to metrics; the rest is as for `training.fit`.
     """
     shortened = [flag for flag in ("quick", "sample") if getattr(arguments, flag)]
     return {
@@ -130,47 +110,35 @@ def models_folder(output_dir, script):
 def save_model(model, path, card, compresslevel=6):
     """Writes `model` to `path` (`<name>.keras`, without optimizer state) and its card beside it (`<name>.json`).
 
-    The file is a zip archive, as Keras wants it, but compressed, which Keras reads as well. "parameters" and
-    "weights_sha256" are added to the card. `compresslevel` is that of zlib, 9 for the smallest file.
+    Keras writes a zip archive without compression; it reads a compressed one (`compresslevel` as in zlib) as well.
     """
-    with replacing(path) as temporary:
-        try:
-            model.save(temporary)
-            _compress(temporary, compresslevel)
-        except RuntimeError as error:  # what h5py raises on a full disk
-            raise write_error(path, error) from error
+    with replacing(path, H5PY_ERRORS) as temporary:
+        model.save(temporary)
+        with zipfile.ZipFile(temporary) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=compresslevel) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
     card = {**card, "parameters": parameter_counts(model), "weights_sha256": sha256(path)}
     write_json(path.with_suffix(".json"), card)
-
-
-def _compress(path, compresslevel):
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=compresslevel) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
 
 
 def read_card(path):
     """Returns the card (dict) beside the weights at `path`; raises `UserError` where it is not whole."""
     path = Path(path).with_suffix(".json")
     found = read_json(path, RESTORE)
-    wrong = [name for name, kind in CARD_FIELDS.items() if not isinstance(found.get(name), kind)]
+    fields = [(name, kind) for kind, names in CARD_FIELDS.items() for name in names]
+    wrong = [name for name, kind in fields if not isinstance(found.get(name), kind)]
     if wrong:
         raise UserError(f"{path} is not the card of a model (missing or wrong: {', '.join(wrong)}); {RESTORE}")
     return found
 
 
 def load_model(path, script, input_shape=None):
-    """Restores a model that `save_model` wrote.
+    """Returns a model that `save_model` wrote, uncompiled, and its card.
 
-    Args:
-        path: `pathlib.Path` that ends in ".keras".
-        script: name of the script that the model must belong to.
-        input_shape: tuple without the batch, which the model's input must have; None for models with several inputs.
-
-    Returns the uncompiled `keras.Model` and its card. Raises `UserError` where weights or card are missing, damaged, or
-    do not belong together.
+    Raises `UserError` where weights or card are missing or damaged, or do not belong together, to the script of this
+    name, or to inputs of `input_shape`, a tuple without the batch (None for models with several inputs).
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; {RESTORE}")
@@ -185,8 +153,7 @@ def load_model(path, script, input_shape=None):
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises many kinds for files that are no models; each is reported
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(f"Keras {keras.__version__} cannot open {path} ({reason}); {RESTORE}") from error
+        raise UserError(f"Keras {keras.__version__} cannot open {path} ({reason(error)}); {RESTORE}") from error
     if input_shape is not None and model.input_shape[1:] != tuple(input_shape):
         raise UserError(f"{path} takes inputs of shape {model.input_shape[1:]} instead of {input_shape}; {RESTORE}")
     return model, found
@@ -203,8 +170,7 @@ def set_weights(model, weights):
 def round_weights(model, precision="float16"):
     """Rounds the float32 weights of `model` to 16 bits, in place, so that they compress to 60 % of the space or less.
 
-    They stay float32 for Keras. To be called before the model is measured. `precision` is "float16" (11 significant
-    bits) or "bfloat16" (8, and files that are smaller by a quarter).
+    To be called before the model is measured. `precision` is "float16" (11 significant bits) or "bfloat16" (8).
     """
 
     def rounded(weights):
@@ -214,10 +180,10 @@ def round_weights(model, precision="float16"):
 
 
 def for_prediction(model, num_images=FEW_IMAGES):
-    """Returns a copy of a float32 `model` whose convolutions compute as `fast_precision` says.
+    """Returns a copy of a float32 `model` whose convolutions compute as `fast_precision` says; weights stay float32.
 
-    Everything else, and the weights, stay float32. Predictions differ from those of `model` by rounding, in about the
-    third digit. Metrics on fewer than `FEW_IMAGES` would show that, so for so few it is `model` itself.
+    Predictions differ by rounding, in about the third digit, which would show in metrics on fewer than `FEW_IMAGES`:
+    for those it is `model` itself.
     """
     precision = fast_precision()
     if num_images < FEW_IMAGES or precision == "float32":

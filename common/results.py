@@ -5,15 +5,13 @@ import importlib
 import time
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 
 from common.cli import REPOSITORY
-from common.errors import UserError
+from common.errors import UserError, reason
 from common.files import read_json, replacing, write_json
-from common.models import hardware, read_card
-from common.training import fast_precision
+from common.models import conditions, read_card
 
 EXACT, ROUNDED, FEW_IMAGES = 5e-5, 0.005, 0.02  # tolerances, relative to the recorded value where that exceeds 1
 START_OVER = "move it away to start the experiments over"
@@ -45,20 +43,8 @@ def optional_module(kind, script):
 # --------------------------------------------------------------------------------------------------------- verification
 
 
-def conditions():
-    """Returns what predictions depend on, up to rounding."""
-    return {"backend": keras.backend.backend(), "precision": fast_precision(), "hardware": hardware()}
-
-
 def compare(card, measured, *, part, size, sha256):
-    """Puts measured metrics beside those that a card records.
-
-    Args:
-        card: dict, as `models.load_model` returns it.
-        measured: dict from metric to number.
-        part: "test" or "sample", which of the card's metrics are meant.
-        size: number of images that were measured on.
-        sha256: checksums of the dataset.
+    """Puts the metrics `measured` on `size` images of a dataset beside those that a card records of "test" or "sample".
 
     Returns a list of dicts with model, metric, measured, recorded and agrees. The last two are None where the card says
     nothing about these images. On the recorded backend, precision and, with bfloat16, processor, numbers have to agree
@@ -98,16 +84,15 @@ def conclude(script, arguments, rows, written):
 
     The rows also go to `<output_dir>/runs/<script>/verification.json`.
     """
-    width = max([len(row["metric"]) for row in rows], default=6)
-    models = len({row["model"] for row in rows}) > 1
-    model_width = max([len(row["model"]) for row in rows], default=5) if models else 0
-    print(f"\n{'model':{model_width}}  " if models else "\n", f"{'metric':{width}}  measured  recorded", sep="")
+    print()
+    table = [("model", "metric", "measured  recorded")]
     for row in rows:
-        line = f"{row['model']:{model_width}}  " if models else ""
-        line += f"{row['metric']:{width}}  {row['measured']:8.4f}"
+        numbers = f"{row['measured']:8.4f}"
         if row["recorded"] is not None:
-            line += f"  {row['recorded']:8.4f}  {'agrees' if row['agrees'] else 'DIFFERS'}"
-        print(line)
+            numbers += f"  {row['recorded']:8.4f}  {'agrees' if row['agrees'] else 'DIFFERS'}"
+        table.append((row["model"], row["metric"], numbers))
+    model_width, metric_width = (max(len(line[column]) for line in table) for column in (0, 1))
+    print(*(f"{model:{model_width}}  {metric:{metric_width}}  {numbers}" for model, metric, numbers in table), sep="\n")
     tolerance = max([row["tolerance"] for row in rows if "tolerance" in row], default=EXACT)
     if tolerance > EXACT:
         print(f"other hardware, backend or precision than recorded: differences up to {tolerance:.1%} are rounding")
@@ -118,11 +103,10 @@ def conclude(script, arguments, rows, written):
 
 
 def record_metrics(path, sha256=None, **parts):
-    """Writes re-measured metrics, and with them the size of a part, onto the card of the model at `path`.
+    """Writes re-measured metrics of some parts, such as `sample=(250, {"accuracy": 0.9})`, onto the card at `path`.
 
-    `parts` are, for example, `sample=(250, {"accuracy": 0.9})`; `sha256` are the checksums of the full dataset, where
-    that was measured on. "measured_on" of the card says where that was, since the fields of the same names are about
-    the machine of the training run.
+    `sha256` are the checksums of the full dataset, where that was measured on. "measured_on" of the card says on which
+    machine that was, since the fields of the same names are about the training run.
     """
     card = read_card(path)
     for part, (size, metrics) in parts.items():
@@ -137,8 +121,7 @@ def record_metrics(path, sha256=None, **parts):
 def write_results(script, arguments, results, merged=("models",)):
     """Writes `report/results/<script>.json` and returns its path.
 
-    With `--model`, what the file says about other models stays: the dicts named in `merged` are merged key by key, and
-    other entries that `results` lacks are kept.
+    With `--model`, what the file says about other models stays; the dicts named in `merged` are merged key by key.
     """
     path = arguments.output_dir / "report" / "results" / f"{script}.json"
     if arguments.model and path.exists():
@@ -174,18 +157,17 @@ def read_table(path, numbers=(), texts=()):
         return pd.DataFrame(columns=[*texts, *numbers])
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            lengths = {len(row) for row in csv.reader(file, strict=True)}
-        if len(lengths) != 1:
-            raise ValueError("rows of different lengths" if lengths else "empty")
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+            header, *rows = csv.reader(file, strict=True)
+        if any(len(row) != len(header) for row in rows):  # pandas would fill them up
+            raise ValueError("rows of different lengths")
+        table = pd.DataFrame(rows, columns=header, dtype=str)
         missing = [name for name in [*texts, *numbers] if name not in table]
         if missing:
             raise ValueError(f"no column {', '.join(missing)}")
         for name in numbers:
             table[name] = pd.to_numeric(table[name].replace("", np.nan))
-    except (OSError, ValueError, csv.Error, pd.errors.ParserError) as error:  # UnicodeDecodeError is a ValueError
-        reason = (str(error).splitlines() or [""])[0][:100]
-        raise UserError(f"{path} is damaged ({reason}); {START_OVER}") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({reason(error)}); {START_OVER}") from error
     return table
 
 
@@ -218,10 +200,7 @@ def unfinished(path, planned, limit=None):
 
 
 def paired_comparison(table, metric, baseline="baseline", pair=("seed",)):
-    """Compares every experiment with the baseline, on the seeds (or folds) that both have.
-
-    Args:
-        table: `pandas.DataFrame` with the columns "name", `metric` and those in `pair`, one row per run.
+    """Compares every experiment in the column "name" with the baseline, on the seeds (or folds) that both have.
 
     Returns a `pandas.DataFrame` indexed by name, in the order of the table: `mean` of the metric, `difference` from the
     baseline (mean over the pairs), `pairs` (number), `noise` (standard deviation of the baseline over its runs, NaN for

@@ -11,8 +11,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from common.errors import UserError
-from common.files import read_json, replacing, write_error, write_json
+from common.errors import UserError, reason
+from common.files import H5PY_ERRORS, read_json, replacing, write_json
 
 STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python, which otherwise cost a tenth of the time
 DRAWS_PER_EPOCH = 1_000_000  # more random draws than a layer makes in one epoch
@@ -63,10 +63,9 @@ class EpochSeeds(keras.callbacks.Callback):
 class Checkpoint(keras.callbacks.Callback):
     """After every epoch writes weights, optimizer state, learning curves and seconds to `folder`.
 
-    `keras.callbacks.BackupAndRestore` does not keep the learning curves, nor weights and epoch number together when the
-    process is killed between writing the one and the other. Here `state.json` names the weights it belongs to and is
-    renamed into place last, so that a kill at any moment costs at most the epoch under way. `settings` is a dict of
-    what makes this training run different from another one.
+    `keras.callbacks.BackupAndRestore` keeps no learning curves, and may be killed between weights and epoch number.
+    Here `state.json` names the weights it belongs to and is renamed into place last, so that a kill at any moment costs
+    at most the epoch under way. `settings` is a dict of what makes this training run different from another one.
     """
 
     def __init__(self, folder, settings):
@@ -76,9 +75,9 @@ class Checkpoint(keras.callbacks.Callback):
         self.stopped = False  # by a callback, such as `keras.callbacks.EarlyStopping`
 
     def restore(self, model):
-        """Puts the last checkpoint, where there is one, into a compiled `model`; `self.epoch` says how far it got.
+        """Puts the last checkpoint, where there is one, into a compiled `model`.
 
-        Raises `UserError` where the checkpoint is damaged or belongs to a training run with other settings.
+        Raises `UserError` where it is damaged or belongs to a training run with other settings.
         """
         path = self.folder / "state.json"
         if not path.exists():
@@ -103,8 +102,7 @@ class Checkpoint(keras.callbacks.Callback):
         try:
             model.load_weights(self.folder / weights)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0][:100]
-            raise UserError(f"the checkpoint in {self.folder} is damaged ({reason}); {advice}") from error
+            raise UserError(f"the checkpoint in {self.folder} is damaged ({reason(error)}); {advice}") from error
         self.epoch, self.history, self.seconds = epoch, curves, seconds
         self.stopped = bool(state.get("stopped"))
 
@@ -118,15 +116,8 @@ class Checkpoint(keras.callbacks.Callback):
         self.stopped = bool(self.model.stop_training)
         weights = self.folder / f"epoch_{self.epoch:04d}.weights.h5"
         save_weights(self.model, weights)
-        state = {
-            "epoch": self.epoch,
-            "weights": weights.name,
-            "seconds": self.seconds,
-            "stopped": self.stopped,
-            "settings": self.settings,
-            "history": self.history,
-        }
-        write_json(self.folder / "state.json", state)
+        state = {name: getattr(self, name) for name in ("epoch", "seconds", "stopped", "settings", "history")}
+        write_json(self.folder / "state.json", {"weights": weights.name, **state})
         for old in self.folder.glob("epoch_*.weights.h5"):
             if old != weights:
                 old.unlink()
@@ -134,39 +125,17 @@ class Checkpoint(keras.callbacks.Callback):
 
 def save_weights(model, path):
     """Writes the weights of `model` (and its optimizer state) to `path`, which ends in ".weights.h5"."""
-    with replacing(path) as temporary:
-        try:
-            model.save_weights(temporary)
-        except RuntimeError as error:  # what h5py raises on a full disk
-            raise write_error(path, error) from error
+    with replacing(path, H5PY_ERRORS) as temporary:
+        model.save_weights(temporary)
 
 
-def fit(
-    model,
-    inputs,
-    targets,
-    *,
-    config,
-    seed,
-    folder,
-    resume,
-    precision="float32",
-    validation_data=None,
-    callbacks=(),
-    **keywords,
-):
-    """`model.fit` that can be killed at any moment and resumed, with the same curves as an uninterrupted run.
+def fit(model, inputs, targets, *, config, seed, folder, resume, precision="float32", callbacks=(), **keywords):
+    """`keras.Model.fit` that can be killed at any moment and resumed, with the same curves as an uninterrupted run.
 
-    Args:
-        model: compiled `keras.Model`; custom `callbacks` and further `keywords` go to `keras.Model.fit`.
-        inputs, targets: array or dict of arrays each; `targets` may be None for a model with a loss of its own.
-        config: dataclass instance with, among others, `epochs` and `batch_size`.
-        seed: of the order of the examples and of all layers that draw random numbers.
-        folder: where the checkpoint lives. It stays after the end, so that a script that trains several models one
-            after the other skips the finished ones when it is resumed.
-        resume: False deletes an older checkpoint first. A checkpoint of another config, seed or precision is refused.
-        precision: dtype policy that the model computes in.
-        callbacks: one that sets `model.stop_training`, such as `keras.callbacks.EarlyStopping`, ends the run for good.
+    `inputs` and `targets` are an array or a dict of arrays each, `targets` None for a model with a loss of its own. The
+    checkpoint in `folder` stays after the end, so that a script that trains several models skips the finished ones when
+    it is resumed; it must be of the same `config` (with `epochs` and `batch_size`), `seed` and `precision`. A callback
+    that sets `model.stop_training` ends the run for good. Further `keywords` go to `keras.Model.fit`.
 
     Returns the learning curves, a dict from metric name to one float per epoch, and the seconds of all epochs. Raises
     `Diverged` where the loss is no longer finite, and `UserError` where the checkpoint cannot be used.
@@ -186,7 +155,6 @@ def fit(
             initial_epoch=checkpoint.epoch,
             epochs=config.epochs,
             shuffle=False,  # the batches are shuffled already
-            validation_data=validation_data,
             validation_batch_size=config.batch_size,
             callbacks=[keras.callbacks.TerminateOnNaN(), EpochSeeds(batches), *callbacks, checkpoint],
             **keywords,

@@ -70,8 +70,7 @@ def test_another_backend_may_round_differently(tmp_path, capsys):
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 def test_only_bfloat16_is_rounded_differently_by_another_processor(precision, monkeypatch):
-    for module in (models, results):
-        monkeypatch.setattr(module, "fast_precision", lambda: precision)
+    monkeypatch.setattr(models, "fast_precision", lambda: precision)
     (row,) = results.compare(card(hardware="another"), {"error": 2.005}, part="test", size=100, sha256="a")
     assert row["agrees"] is (precision == "mixed_bfloat16")
 
@@ -99,7 +98,8 @@ def test_only_the_checksums_of_the_measured_part_count(name, compared):
 
 def test_recorded_metrics_replace_those_on_the_card_and_nothing_else(tmp_path):
     path = tmp_path / "model.json"
-    before = {name: kind() for name, kind in models.CARD_FIELDS.items() if isinstance(kind, type)}
+    fields = {kind: names for kind, names in models.CARD_FIELDS.items() if isinstance(kind, type)}
+    before = {name: kind() for kind, names in fields.items() for name in names}
     before |= {"epochs": 1, "seconds": 1.0, "metrics": {"test": {"accuracy": 0.5}}, "dataset": {"test": 100}}
     path.write_text(json.dumps(before))
     results.record_metrics(path.with_suffix(".keras"), sample=(10, {"accuracy": 0.6}))
