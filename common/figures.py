@@ -10,17 +10,9 @@ matplotlib.use("Agg")  # figures are files; no window, no display needed
 import matplotlib.pyplot as plt
 
 # The colour-blind-safe palette of Okabe and Ito (2008), without its yellow, which is too pale on white.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#000000",
-)
+COLORS = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = COLORS
 GREY = "#888888"
-COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)
 
 plt.rcParams.update(
     {
@@ -61,15 +53,8 @@ def label_lines(axes):
     for line, (x, y) in sorted(ends, key=lambda end: end[1][1]):
         last = max(y, last + gap * (1 + line.get_label().count("\n")))
         x, height = axes.transData.inverted().transform((x, last))
-        axes.annotate(
-            line.get_label(),
-            (x, height),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            color=line.get_color(),
-            annotation_clip=False,
-        )
+        place = {"xy": (x, height), "xytext": (5, 0), "textcoords": "offset points", "annotation_clip": False}
+        axes.annotate(line.get_label(), **place, va="center", color=line.get_color())
 
 
 def show_image(axes, image, title=None, color=BLACK):
@@ -98,9 +83,7 @@ def image_grid(images, columns, titles=None, colors=None, title=None, width=10.0
 def confusion_matrix(axes, counts, class_names, title, names=("true class", "predicted class")):
     """Draws a confusion matrix: row percentages and counts, the latter alone with more than twelve classes.
 
-    Args:
-        counts: int (num_classes, num_classes), row the true class, column the predicted one.
-        names: what rows and columns are.
+    `counts` is int (num_classes, num_classes); `names` says what its rows and columns are.
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     display = ConfusionMatrixDisplay(shares, display_labels=class_names)
@@ -120,9 +103,9 @@ def confusion_matrix(axes, counts, class_names, title, names=("true class", "pre
 
 
 def learning_curves(axes, curves, labels=("training", "validation"), color=BLUE, name=""):
-    """Draws training (dashed) and validation (solid) values of one network, one per epoch, with direct labels to come.
+    """Draws training (dashed) and validation (solid) values of one network, a pair of lists (or None), over the epochs.
 
-    `curves` is a pair of lists; the second one may be None.
+    Legend or direct labels are left to the caller.
     """
     for values, label, style in zip(curves, labels, ("--", "-"), strict=True):
         if values:
@@ -135,12 +118,8 @@ def learning_curves(axes, curves, labels=("training", "validation"), color=BLUE,
 def experiments(axes, values, baseline, label, noise=None, percent=False):
     """Draws experiments as one line each: a point per seed (or fold), a tick for the mean, the baseline as a line.
 
-    Args:
-        values: dict from the name of an experiment to its list of measurements, top to bottom.
-        baseline: name of the experiment that the others are compared with.
-        label: what was measured, with its unit.
-        noise: standard deviation of the baseline over its seeds, shaded around its mean; None where it is unknown.
-        percent: whether the numbers are shares to be shown in percent.
+    `values` is a dict from the name of an experiment to its measurements, top to bottom, and `noise` the standard
+    deviation of the baseline over its seeds, shaded around its mean. `percent` is for shares.
     """
     if baseline in values:
         mean = np.mean(values[baseline])

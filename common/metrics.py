@@ -14,10 +14,7 @@ def frechet_distance(first, second):
     """Fréchet distance between normal distributions with the means and covariances of two sets of features.
 
     With the features of an Inception network it is known as FID (Heusel et al. 2017, section 2). It is biased upwards
-    for few images, so compare sets of equal size.
-
-    Args:
-        first, second: (n, features) and (m, features), at least two rows each; ValueError otherwise.
+    for few images, so compare sets of equal size. The sets are (n, features) and (m, features), n and m above 1.
     """
     first, second = _checked(first, second)
     difference = first.mean(axis=0) - second.mean(axis=0)
@@ -55,10 +52,7 @@ def kernel_distance(first, second, seed=0):
 
 
 def nearest_neighbours(images, training_images):
-    """Finds the training image that each image is most like, pixel by pixel.
-
-    Args:
-        images, training_images: uint8 (n, ...) and (m, ...), of the same shape.
+    """Finds the training image that each image is most like, pixel by pixel; both are uint8 (n or m, ...).
 
     Returns the root mean squared difference in grey levels, float (n,), and the index of the training image, int (n,).
     """
