@@ -1,5 +1,6 @@
 """Image files of the user: reading what `--predict` is given, and where its results go."""
 
+import itertools
 import os
 import stat
 import sys
@@ -65,11 +66,11 @@ def output_paths(path, suffixes):
     results, nor those for `dog.png`, are ever overwritten. Call it just before writing.
     """
     path = Path(path)
-    number, paths = 1, [path.with_name(f"{path.stem}_{suffix}.png") for suffix in suffixes]
-    while any(map(os.path.lexists, paths)):
-        number += 1
-        paths = [path.with_name(f"{path.stem}_{number}_{suffix}.png") for suffix in suffixes]
-    return paths
+    for number in itertools.count(1):
+        stem = path.stem if number == 1 else f"{path.stem}_{number}"
+        paths = [path.with_name(f"{stem}_{suffix}.png") for suffix in suffixes]
+        if not any(map(os.path.lexists, paths)):
+            return paths
 
 
 def predict_each(paths, predict):

@@ -199,25 +199,16 @@ def unfinished(path, planned, limit=None):
     print(f"finished runs are in {path}")
 
 
-def paired_comparison(table, metric, baseline="baseline", pair=("seed",)):
-    """Compares every experiment in the column "name" with the baseline, on the seeds (or folds) that both have.
+def paired_comparison(table, metric):
+    """Compares every experiment in the column "name" with the one called baseline, on the seeds that both have.
 
     Returns a `pandas.DataFrame` indexed by name, in the order of the table: `mean` of the metric, `difference` from the
     baseline (mean over the pairs), `pairs` (number), `noise` (standard deviation of the baseline over its runs, NaN for
     a single one), and `resolved`: whether the difference exceeds twice the noise expected of such a mean.
     """
-    runs = table.set_index(["name", *pair])[metric]
-    reference = runs.loc[baseline]
-    noise = reference.std(ddof=1)
-    rows = {}
-    for name in dict.fromkeys(table["name"]):
-        differences = (runs.loc[name] - reference).dropna()
-        expected = noise * np.sqrt(2 / max(len(differences), 1))
-        rows[name] = {
-            "mean": runs.loc[name].mean(),
-            "difference": differences.mean(),
-            "pairs": len(differences),
-            "noise": noise,
-            "resolved": bool(abs(differences.mean()) > 2 * expected),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    runs = table.pivot(index="seed", columns="name", values=metric)[table["name"].unique()]
+    differences = runs.sub(runs["baseline"], axis="index")
+    compared = pd.DataFrame({"mean": runs.mean(), "difference": differences.mean(), "pairs": differences.count()})
+    compared["noise"] = runs["baseline"].std()
+    compared["resolved"] = compared["difference"].abs() > 2 * compared["noise"] * np.sqrt(2 / compared["pairs"])
+    return compared
