@@ -4,9 +4,6 @@ The clock is the one of the course "Introduction to Deep Learning": a round wall
 a camera above it. `render` intersects the line of sight of every pixel with the planks, the dial and the rim (pinhole
 camera, full perspective) and composites them from back to front. All lengths are in radii of the dial; the centre of
 the dial is the origin, and the camera looks at it.
-
-`load_clocks` returns the course's images where they lie in `data/clocks/`, else 18,000 rendered ones in the same
-format, rendered once and kept in `data/cache/clocks/`.
 """
 
 import concurrent.futures
@@ -184,17 +181,14 @@ def _draw_text(text, font):
 
 
 def _font(open_font):
-    """Opens a font at the size that makes its digits half a cell high."""
+    """A font at the size that makes its digits half a cell high."""
     _, top, _, bottom = open_font(100).getbbox("8")
     return open_font(round(100 * GLYPH_SIZE / 2 / (bottom - top)))
 
 
 @functools.cache
 def numeral_atlas():
-    """The numerals 12, 1, ..., 11 in every style: float32 (styles, 12, 64, 64), 0 to 1.
-
-    The stroke font in three weights and fonts that come with matplotlib and Pillow, each sharp and slightly blurred.
-    """
+    """The numerals 12, 1, ..., 11 in six fonts, each sharp and slightly blurred: float32 (12, 12, 64, 64), 0 to 1."""
     from matplotlib import font_manager
 
     folder = Path(font_manager.findfont("DejaVu Sans")).parent
@@ -456,12 +450,12 @@ def all_labels():
 
 
 def load_clocks(data_dir, size, count=None, sample=False):
-    """Loads the course's images from `data_dir/clocks/`, or rendered ones where those are absent, as `ClockImages`.
+    """Returns the course's images in `data_dir/clocks/`, else 18,000 rendered ones, cached, as `ClockImages`.
 
-    `size` is 75 or 150; the course's images of 150 pixels are averaged to 75. With `count`, at most so many images,
-    evenly spread over the dial, are taken of the course's or rendered without a cache. With `sample`, `SAMPLE_COUNT`
-    images (or `count`) are rendered, whatever `data_dir` holds. Images rendered without a cache show other scenes than
-    the 18,000 of the full set. Raises `UserError` where the course's files are damaged or the cache cannot be written.
+    `size` is 75 or 150 pixels. With `count`, at most so many images, evenly spread over the dial, are taken of the
+    course's or rendered without a cache; with `sample`, `SAMPLE_COUNT` (or `count`) are rendered, whatever `data_dir`
+    holds. Those show other scenes than the full set. Raises `UserError` where the course's files are damaged or the
+    cache cannot be written.
     """
     course, labels, name = Path(data_dir) / "clocks", all_labels(), f"images_{size}"
     if not sample and any(os.path.lexists(course / file) for file in ("images.npy", "labels.npy")):

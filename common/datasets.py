@@ -13,7 +13,6 @@ import errno
 import functools
 import hashlib
 import http.client
-import io
 import json
 import math
 import os
@@ -88,17 +87,15 @@ class Source:
     sizes: dict  # from split to number of examples
     sample_sizes: dict  # the same of data/samples/
     examples: type = LabelledImages  # of a split
-    # From field of `examples` to the feature in TensorFlow Datasets; image features become channels.
-    features: dict = dataclasses.field(default_factory=lambda: {"images": ("image",), "labels": "label"})
-    # From label field to the number of its classes; the first field indexes `Dataset.class_names`.
-    classes: dict = dataclasses.field(default_factory=lambda: {"labels": 10})
+    # From field of `examples` to its feature in the catalogue and its number of classes; the first has `class_names`.
+    labels: dict = dataclasses.field(default_factory=lambda: {"labels": ("label", 10)})
 
     def layout(self, sizes):
         """Returns a dict from the name of each array, such as "train_images", to its shape and type."""
         return {
             f"{split}_{field}": ((size, *self.image_shape), np.uint8) if field == "images" else ((size,), np.int64)
             for split, size in sizes.items()
-            for field in self.features
+            for field in self.examples._fields
         }
 
 
@@ -130,15 +127,13 @@ _SOURCES = (
         sizes={"train": 24300, "test": 24300},
         sample_sizes={"train": 100, "test": 150},
         examples=StereoImages,
-        features={
-            "images": ("image", "image2"),
-            "category": "label_category",
-            "instance": "instance",
-            "elevation": "label_elevation",
-            "azimuth": "label_azimuth",
-            "lighting": "label_lighting",
+        labels={
+            "category": ("label_category", 5),
+            "instance": ("instance", 10),
+            "elevation": ("label_elevation", 9),
+            "azimuth": ("label_azimuth", 18),
+            "lighting": ("label_lighting", 6),
         },
-        classes={"category": 5, "instance": 10, "elevation": 9, "azimuth": 18, "lighting": 6},
     ),
     Source(
         "mnist",
@@ -158,8 +153,7 @@ _SOURCES = (
         archives=("cifar-100-binary.tar.gz",),
         sample_sizes={"train": 300, "test": 300},
         examples=Cifar100Images,
-        features={"images": ("image",), "labels": "label", "coarse_labels": "coarse_label"},
-        classes={"labels": 100, "coarse_labels": 20},
+        labels={"labels": ("label", 100), "coarse_labels": ("coarse_label", 20)},
         **_CIFAR,
     ),
 )
@@ -303,11 +297,13 @@ def _dataset(source, sizes, arrays, class_names, checksums):
     for name, (shape, dtype) in source.layout(sizes).items():
         if name not in arrays:
             raise ValueError(f"{name} is missing")
-        check_array(name, arrays[name], shape, dtype, source.classes.get(name.partition("_")[2]))
-    number = next(iter(source.classes.values()))
+        _, num_classes = source.labels.get(name.partition("_")[2], (None, None))
+        check_array(name, arrays[name], shape, dtype, num_classes)
+    _, number = next(iter(source.labels.values()))
     if not isinstance(class_names, list) or [type(name) for name in class_names] != [str] * number:
         raise ValueError(f"there are not {number} class names")
-    train, test = (source.examples(*(arrays[f"{split}_{field}"] for field in source.features)) for split in sizes)
+    fields = source.examples._fields
+    train, test = (source.examples(*(arrays[f"{split}_{field}"] for field in fields)) for split in sizes)
     return Dataset(source.name, train, test, tuple(class_names), checksums)
 
 
@@ -331,14 +327,12 @@ def checked_samples(prefix):
 
 def _open_sample(source):
     path = checked_samples(f"{source.name}.npz") / f"{source.name}.npz"
-    arrays, checksums = {}, {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                content, name = archive.read(member), member.removesuffix(".npy")
-                arrays[name] = np.load(io.BytesIO(content), allow_pickle=False)
-                arrays[name].flags.writeable = False
-                checksums[name] = hashlib.sha256(content).hexdigest()
+        with np.load(path) as archive:
+            arrays = dict(archive)
+            checksums = {name: hashlib.sha256(archive.zip.read(f"{name}.npy")).hexdigest() for name in arrays}
+        for array in arrays.values():
+            array.flags.writeable = False
         class_names, _ = arrays.pop("class_names").tolist(), checksums.pop("class_names")
         return _dataset(source, source.sample_sizes, arrays, class_names, checksums)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -365,8 +359,8 @@ def _prepare(source, data_dir):
         download = tfds.download.DownloadConfig(manual_dir=_by_hand(source, data_dir))
         options = {"download_and_prepare_kwargs": {"download_config": download}}
         splits, info = tfds.load(source.name, data_dir=data_dir, with_info=True, **options)
-    class_names = info.features[source.features[next(iter(source.classes))]].names
-    about = {"dataset": source.name, "class_names": class_names}
+    feature, _ = next(iter(source.labels.values()))
+    about = {"dataset": source.name, "class_names": info.features[feature].names}
     return source.layout(source.sizes), _batches(source, data_dir, splits), about
 
 
@@ -376,10 +370,11 @@ def _batches(source, data_dir, splits):
         found = 0
         with _tfds_errors(source, data_dir):
             for batch in splits[split].batch(BATCH_SIZE).as_numpy_iterator():
-                images = np.concatenate([batch[feature] for feature in source.features["images"]], axis=-1)
-                found += len(images)
-                for field, feature in source.features.items():
-                    yield f"{split}_{field}", images if field == "images" else batch[feature]
+                cameras = [batch[feature] for feature in ("image", "image2") if feature in batch]
+                yield f"{split}_images", np.concatenate(cameras, axis=-1)
+                for field, (feature, _) in source.labels.items():
+                    yield f"{split}_{field}", batch[feature]
+                found += len(batch["image"])
         if found != size:
             raise _error(source, data_dir, f"the prepared {split} split has {found} examples instead of {size}")
 

@@ -93,12 +93,10 @@ class Checkpoint(keras.callbacks.Callback):
                 raise ValueError("its parts do not belong together")
             changed = [name for name in self.settings if settings.get(name) != self.settings[name]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); {advice}") from error
+            raise UserError(f"{path} is damaged ({reason(error)}); {advice}") from error
         if changed:
-            raise UserError(
-                f"the checkpoint in {self.folder} was made with other settings ({', '.join(changed)}); use those "
-                f"again, or {advice}"
-            )
+            trouble = f"was made with other settings ({', '.join(changed)})"
+            raise UserError(f"the checkpoint in {self.folder} {trouble}; use those again, or {advice}")
         try:
             model.load_weights(self.folder / weights)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -124,7 +122,7 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 def save_weights(model, path):
-    """Writes the weights of `model` (and its optimizer state) to `path`, which ends in ".weights.h5"."""
+    """Writes weights and optimizer state of `model` to `path`, which ends in ".weights.h5"."""
     with replacing(path, H5PY_ERRORS) as temporary:
         model.save_weights(temporary)
 

@@ -1,9 +1,5 @@
 """Loader of PASCAL VOC 2012: images with segmentation masks, in squares of one size.
 
-`load_voc(data_dir, image_size)` downloads the official archive where the dataset is missing, unpacks what it needs to
-`data_dir/VOCdevkit/VOC2012/`, and caches the squares. With `sample=True` it reads the miniature of that tree in
-`data/samples/` instead and writes nothing.
-
 The test images are the validation list of the challenge, whose own test set has no public masks. A tenth of the
 training list is held out for validation.
 """
@@ -49,10 +45,10 @@ class SegmentationImages(NamedTuple):
 
 
 def load_voc(data_dir, image_size, sample=False):
-    """PASCAL VOC 2012: dict of `SegmentationImages` ("train", "validation", "test"), and the SHA-256 of each part.
+    """Returns a dict of `SegmentationImages` ("train", "validation", "test"), and the SHA-256 of each part.
 
-    With `sample`, the tracked sample in data/samples/. Raises `UserError` where the dataset is neither present nor can
-    be downloaded, or one of its files is damaged.
+    A missing dataset is downloaded to `data_dir/VOCdevkit/VOC2012/`; with `sample`, the miniature of that tree in
+    data/samples/ is read. Raises `UserError` where the download fails or a file is damaged.
     """
     if sample:
         lists = _read_lists(checked_samples("VOCdevkit/") / "VOCdevkit" / "VOC2012", image_size, RESTORE_SAMPLES)
