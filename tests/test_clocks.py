@@ -13,6 +13,7 @@ from conftest import REPOSITORY, run_elsewhere
 from common import clocks, datasets
 from common.errors import UserError
 from common.files import sha256
+from data import make_numerals
 
 SIZE = 150
 
@@ -91,6 +92,13 @@ def test_numerals_differ_and_fill_their_cells():
         assert abs(np.ptp(height) + 1 - clocks.GLYPH_SIZE / 2) <= 5
         width = [np.ptp(np.nonzero(style[number].max(axis=0) > 0.4)[0]) for number in (8, 10)]
         assert width[1] > 1.3 * width[0]
+
+
+def test_numerals_can_be_drawn_again():
+    drawn = make_numerals.draw_atlas()
+    kept = clocks.numeral_atlas().swapaxes(1, 2).reshape(drawn.shape) * 255
+    # Other versions of Pillow and matplotlib may move an edge.
+    assert np.abs(drawn - kept).mean() < 1
 
 
 def test_rendering_is_reproducible():

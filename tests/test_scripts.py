@@ -156,7 +156,7 @@ def test_sizes_of_the_code():
     lengths = {path: len(path.read_text().splitlines()) for path in REPOSITORY.glob("*.py")}
     assert not [path.name for path, length in lengths.items() if length > 750]
     common = sum(len(path.read_text().splitlines()) for path in (REPOSITORY / "common").glob("*.py"))
-    assert common < 2600
+    assert common < 2550
 
 
 def test_no_file_is_too_large():
@@ -169,4 +169,4 @@ def test_no_file_is_too_large():
     samples = {name: size for name, size in sizes.items() if name.startswith("data/samples/")}
     assert sum(samples.values()) < 6e6
     data = {name for name in sizes if name.startswith("data/")} - set(samples)
-    assert data <= {"data/README.md", "data/make_samples.py"}
+    assert data <= {"data/README.md", "data/make_samples.py", "data/make_numerals.py"}
