@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -146,6 +147,23 @@ def test_a_training_step_is_traced_once(tmp_path, monkeypatch):
     curves, _ = fit(model, tmp_path, 2)
     assert len(calls) == 1
     assert len(curves["mae"]) == 2
+
+
+def test_pages_of_large_tensors_are_kept_from_step_to_step(tmp_path):
+    images = keras.Input((64, 64, 8))
+    features = keras.layers.Conv2D(16, 3, activation="relu")(images)
+    model = keras.Model(images, keras.layers.GlobalAveragePooling2D()(features))
+    model.compile("sgd", "mse", **training.compile_options(1))
+    faults = []
+    count = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: faults.append(-resource.getrusage(resource.RUSAGE_SELF).ru_minflt),
+        on_epoch_end=lambda epoch, logs: faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt),
+    )
+    inputs, targets = np.zeros((320, 64, 64, 8), "float32"), np.zeros((320, 16), "float32")
+    fit_options = {"config": Config(2), "seed": 0, "folder": tmp_path, "resume": False, "verbose": 0}
+    training.fit(model, inputs, targets, callbacks=[count], **fit_options)
+    pages_of_a_step = 16 * 64 * 64 * (8 + 16) * 4 / 4096
+    assert sum(faults[2:]) < 10 * pages_of_a_step  # of 20 steps, each of which would fault several times as many
 
 
 def test_without_resume_an_old_checkpoint_is_forgotten(tmp_path):
