@@ -165,9 +165,10 @@ def load(name, data_dir, sample=False):
 
     Raises `UserError` where the data is neither present nor can be downloaded.
     """
-    source, data_dir = SOURCES[name], Path(data_dir)
+    source = SOURCES[name]
     if sample:
         return _open_sample(source)
+    data_dir = Path(data_dir)
 
     def interpret(arrays, manifest):
         if manifest.get("dataset") != name:
