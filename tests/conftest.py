@@ -14,6 +14,11 @@ import pytest
 from common import cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+if keras.backend.backend() == "tensorflow":
+    import tensorflow
+
+    # Rewriting a graph takes longer than the few steps of a test; results differ by rounding.
+    tensorflow.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 # A test of JAX spends most of its time on compiling what then runs for a second.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 

@@ -421,13 +421,6 @@ def test_train_and_load_work_without_plots_and_experiments(monkeypatch, tmp_path
     assert not (tmp_path / "report" / "figures").exists()
 
 
-def test_train_under_jax(tmp_path):
-    done = command("jax", "--train", *QUICK, "--model", "cifar_cnn_3", "--output-dir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    trained = json.loads((tmp_path / "report" / "results" / f"{task.SCRIPT}.json").read_text())
-    assert math.isfinite(trained["models"]["cifar_cnn_3"]["test"]["loss"])
-
-
 def experiment_rows(folder):
     return results.read_table(results.table_path(folder, task.SCRIPT), numbers=("validation_accuracy", "seconds"))
 

@@ -549,17 +549,6 @@ def test_resume_after_the_end_only_evaluates_again(quick, eager, monkeypatch):
     assert "resuming after epoch 1 of 1" in done.stdout
 
 
-def test_jax_trains_and_measures(tmp_path):
-    # Two batches of one size, so that the step is compiled once.
-    done = command("jax", tmp_path, "--train", "--quick", "--model", "plain", "--batch-size", "50")
-    assert done.returncode == 0, done.stderr
-    assert "DIFFERS" not in done.stdout
-    card = json.loads((tmp_path / "saved_models" / task.SCRIPT / "plain.json").read_text())
-    assert card["backend"] == "jax"
-    assert card["shortened"] == "--quick, --sample: a few images only"
-    assert math.isfinite(card["metrics"]["sample"]["elevation_mae_degrees"])
-
-
 @pytest.mark.parametrize("damage", ["missing", "corrupt", "of another script"])
 def test_missing_and_corrupt_weights_are_one_line(damage, tmp_path):
     path = tmp_path / "saved_models" / task.SCRIPT / "joint.keras"
