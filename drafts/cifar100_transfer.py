@@ -1,14 +1,15 @@
 """CIFAR-100: VGG16 pre-trained on ImageNet, three ways, and networks trained from scratch.
 
-Part 1 of the assignment takes VGG16 (Simonyan & Zisserman 2015) as it is and trains a dense head on its features, then
-fine-tunes its last block, then all of it. The images are 32 x 32 pixels, a seventh of what VGG16 was trained on, so a
-fourth model shows what upsampling to 64 x 64 is worth. Part 2 trains networks of our own with at most 3 million
-parameters: a plain one, a residual one with normalisation and augmentation, and what the experiments led to, which
-borrows from Jordan, "94 % on CIFAR-10 in 3.29 seconds on a single GPU" (arXiv:2404.00498).
+Part 1 of the assignment trains a dense head on the features of VGG16 (Simonyan & Zisserman 2015), then fine-tunes its
+last block, then all of it. The images are 32 x 32 pixels, a seventh of the side that VGG16 was trained on, so a fourth
+model shows what upsampling to 64 x 64 is worth. Part 2 trains networks of our own with at most 3 million parameters: a
+plain one, a residual one with normalisation and augmentation, and what the experiments led to, which borrows from
+Jordan, "94 % on CIFAR-10 in 3.29 seconds on a single GPU" (arXiv:2404.00498).
 
-    python cifar100_transfer.py --train          trains seven models; one of them with --model
-    python cifar100_transfer.py --load           restores the saved models and verifies their metrics
-    python cifar100_transfer.py --experiments    what each technique is worth, on validation images; can be resumed
+    python cifar100_transfer.py --train            trains seven models; one of them with --model
+    python cifar100_transfer.py --load             restores the saved models and verifies their metrics
+    python cifar100_transfer.py --experiments      what each technique is worth, on validation images; can be resumed
+    python cifar100_transfer.py --predict FILE...  prints the five most probable classes of each image
 
 5,000 of the 50,000 training images, 50 of each class, are held out for validation, and every choice is made there. The
 test images are read for the saved models alone.
@@ -26,28 +27,29 @@ from typing import NamedTuple
 import keras
 import numpy as np
 from keras import layers, ops
-from sklearn.metrics import log_loss, top_k_accuracy_score
+from PIL import Image, ImageOps
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from sklearn.model_selection import train_test_split
 
 from common import cli, models, results, training
 from common.datasets import Cifar100Images, area_average, connection_trouble, load_cifar100
 from common.errors import UserError
 from common.files import read_json, replacing
+from common.images import predict_each, printable, read_image
+from common.metrics import standard_deviation
 
 SCRIPT = "cifar100_transfer"
-NUM_CLASSES = 100
+NUM_CLASSES, NUM_SUPERCLASSES = 100, 20
 IMAGE_SIZE = 32  # side in pixels
+IMAGE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 SPLIT_SEED = 100
-BASE_PARTS = ("vgg_blocks_1_to_4", "vgg_block_5")  # names of the files that hold the frozen base
-VGG16_URL = (
-    "https://storage.googleapis.com/tensorflow/keras-applications/vgg16/"
-    "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
-)
-VGG16_MD5 = "6d6bbae143d832006294945121d1f1fc"
+BLOCKS_1_TO_4 = "vgg_blocks_1_to_4"  # name of the file; block 5 is part of the tail vgg_features
+VGG16_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"  # as Keras names it
+VGG16_URL = f"https://storage.googleapis.com/tensorflow/keras-applications/vgg16/{VGG16_FILE}"
 QUICK_IMAGES = 200
 PREDICT_BATCH_SIZE = 250
 TUNING_SHARE = 0.2  # of the learning rate
-VALIDATION_CURVES = ("val_accuracy", "val_loss")
 METRICS = ("accuracy", "top_5_accuracy", "log_loss", "augmented_accuracy")
 ROW_FIELDS = ("name", "seed", "changes", "images", "epochs", "parameters", "seconds", "train_accuracy")
 CHANNEL_MEANS, CHANNEL_DEVIATIONS = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)  # of the training images, RGB
@@ -142,15 +144,9 @@ CONFIGS = {
     ),
 }
 MODELS = list(CONFIGS)
-NUM_SEEDS = {
-    "vgg_features": 3,
-    "vgg_top_block": 1,
-    "vgg_full": 1,
-    "vgg_features_64": 2,
-    "own_1": 1,
-    "own_2": 1,
-    "own_3": 2,
-}
+NUM_SEEDS = dict.fromkeys(MODELS, 1) | {"vgg_features": 3, "vgg_features_64": 2, "own_3": 2}
+SAVED = CONFIGS | {"own_3_seed_1": CONFIGS["own_3"]}  # by the name of the file; the second seed is for the ensemble
+BEST, MEMBERS = "own_3", ("own_3", "own_3_seed_1", "own_2")  # the members are those of the ensemble
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -183,10 +179,10 @@ def one_hot(labels, classes=NUM_CLASSES):
 
 
 class VggBase(NamedTuple):
-    """The convolutional base of VGG16 in two parts, neither of them trainable."""
+    """The convolutional base of VGG16 in two parts, with preprocessing."""
 
     blocks_1_to_4: keras.Model  # images (n, height, width, 3), 0 to 255, to maps (n, height / 16, width / 16, 512)
-    block_5: keras.Model  # those maps to its output, one place for four
+    block_5: keras.Model  # those maps to the mean of its output over all places, (n, 512)
 
 
 def load_vgg16(data_dir):
@@ -196,39 +192,35 @@ def load_vgg16(data_dir):
     none, or where they are damaged.
     """
     path = Path(data_dir) / "vgg16_imagenet_notop.weights.h5"
-    base = keras.applications.VGG16(include_top=False, weights=None, input_shape=(None, None, 3))
-    if not path.is_file():
-        keras_home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
-        wanted, path = path, keras_home / "models" / VGG16_URL.rpartition("/")[2]
-        trouble = "" if path.is_file() else connection_trouble(VGG16_URL)
-        try:
-            if not trouble:
-                keras.utils.get_file(path.name, VGG16_URL, cache_subdir="models", file_hash=VGG16_MD5)
-        except Exception as error:  # urllib and Keras raise many kinds
-            trouble = (str(error).splitlines() or [type(error).__name__])[0][:100]
+    downloaded = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / VGG16_FILE
+    if not path.is_file() and not downloaded.is_file():
+        trouble = connection_trouble(VGG16_URL)
         if trouble:
             raise UserError(
-                f"the ImageNet weights of VGG16 are neither {wanted} nor {path}, and {trouble}; try again later, or "
-                f"download {VGG16_URL} by hand into {path.parent}"
+                f"the ImageNet weights of VGG16 are neither {path} nor {downloaded}, and {trouble}; try again later, "
+                f"download {VGG16_URL} by hand into {downloaded.parent}, or add --quick --sample"
             )
     try:
-        base.load_weights(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:100]}); delete it and try again") from error
-    round_to_grid(base)
-    return split_base(base)
+        return build_base(str(path) if path.is_file() else "imagenet")
+    except Exception as error:  # Keras raises many kinds, and a download that breaks off others
+        where, reason = path if path.is_file() else downloaded, str(error).splitlines()[0][:100]
+        raise UserError(f"{where} is damaged or incomplete ({reason}); delete it and try again") from error
 
 
-def split_base(base):
-    """Returns the `VggBase` with the weights of `keras.applications.VGG16(include_top=False)`."""
+def build_base(weights):
+    """Returns the `VggBase` with the weights that `keras.applications.VGG16` calls so, rounded."""
     images, maps = keras.Input((None, None, 3), name="images"), keras.Input((None, None, 512), name="maps")
-    parts = VggBase(
-        keras.Model(images, copy_blocks(preprocess(images), base, (1, 2, 3, 4)), name="blocks_1_to_4"),
-        keras.Model(maps, copy_blocks(maps, base, (5,)), name="block_5"),
-    )
-    for part in parts:
-        part.trainable = False
-    return parts
+    whole = keras.applications.VGG16(include_top=False, weights=weights, input_tensor=preprocess(images))
+    block_4 = whole.get_layer("block4_pool").output
+    block_5 = keras.Model(block_4, layers.GlobalAveragePooling2D()(whole.output))
+    base = VggBase(keras.Model(images, block_4, name="blocks_1_to_4"), keras.Model(maps, block_5(maps), name="block_5"))
+    round_to_grid(whole)
+    return base
+
+
+def preprocess(images):
+    """`keras.applications.vgg16.preprocess_input` out of operations that a saved model may have: RGB to BGR - means."""
+    return layers.Rescaling(1.0, [-103.939, -116.779, -123.68], name="preprocess")(images[..., ::-1])
 
 
 def round_to_grid(model):
@@ -247,27 +239,12 @@ def round_to_grid(model):
     models.set_weights(model, [rounded(weights) for weights in model.get_weights()])
 
 
-def checksum(base):
-    """Returns the SHA-256 of all weights of a `VggBase`, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for weights in [weights for part in base for weights in part.get_weights()]:
-        digest.update(weights.tobytes())
-    return digest.hexdigest()
-
-
-def preprocess(images):
-    """`keras.applications.vgg16.preprocess_input` out of operations that a saved model may have: RGB to BGR - means."""
-    return layers.Rescaling(1.0, [-103.939, -116.779, -123.68], name="preprocess")(images[..., ::-1])
-
-
-def copy_blocks(features, base, blocks):
-    """Applies trainable copies of the layers of some blocks of `base`, weights included, to a symbolic tensor."""
-    for layer in base.layers:
-        if layer.name.startswith(tuple(f"block{block}" for block in blocks)):
-            copy = type(layer).from_config({**layer.get_config(), "trainable": True})
-            features = copy(features)
-            copy.set_weights(layer.get_weights())
-    return features
+def copy_of(model, trainable):
+    """Returns a copy of a model with the same weights."""
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    copy.trainable = trainable
+    return copy
 
 
 def build_head(config, num_features):
@@ -283,51 +260,63 @@ def build_head(config, num_features):
     return keras.Model(features, probabilities, name="head")
 
 
+def build_vgg(config, base):
+    """Returns the network of a `VggConfig`, and the part of it that is trained, which takes `trained_on(config)`."""
+    head = build_head(config, 1280 if config.image_size > IMAGE_SIZE else 512)
+    if config.image_size > IMAGE_SIZE:  # the head alone: both files of the base are needed anyway
+        return head, head
+    block_5 = copy_of(base.block_5, trainable=config.trained != "head")
+    maps = keras.Input((2, 2, 512), name="maps")
+    tail = keras.Model(maps, head(block_5(maps)))
+    if config.trained != "all":
+        return tail, head if config.trained == "head" else tail
+    images = keras.Input(IMAGE_SHAPE, name="images")
+    whole = keras.Model(images, tail(copy_of(base.blocks_1_to_4, trainable=True)(images)))
+    return whole, whole
+
+
 def build_pooled(base, size):
     """Returns a model from images (n, 32, 32, 3) to the means of the outputs of blocks 3, 4 and 5 of VGG16: (n, 1280).
 
     `size` is the side in pixels that the images are upsampled to.
     """
-    images = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3), name="images")
-    block_3 = base.blocks_1_to_4.get_layer("block3_pool").output
-    blocks = keras.Model(base.blocks_1_to_4.input, [block_3, base.blocks_1_to_4.output])
+    images = keras.Input(IMAGE_SHAPE, name="images")
+    blocks = keras.Model(
+        base.blocks_1_to_4.input, [base.blocks_1_to_4.get_layer("block3_pool").output, base.blocks_1_to_4.output]
+    )
     block_3, block_4 = blocks(layers.Resizing(size, size)(images))
-    pooled = [layers.GlobalAveragePooling2D()(maps) for maps in (block_3, block_4, base.block_5(block_4))]
-    return keras.Model(images, layers.Concatenate()(pooled))
+    pooled = [layers.GlobalAveragePooling2D()(maps) for maps in (block_3, block_4)]
+    return keras.Model(images, layers.Concatenate()([*pooled, base.block_5(block_4)]))
 
 
 class Features:
-    """What the frozen base makes of the images of each split: computed once, kept in `folder` as float16."""
+    """What the frozen base makes of images: computed once, kept in `folder` as float16."""
 
-    def __init__(self, base, splits, folder):
-        self.base, self.splits, self.folder = base, splits, folder
-        self.checksum = checksum(base)
+    def __init__(self, base, folder):
+        self.base, self.folder = base, folder
 
-    def __call__(self, kind, part, mirrored=False):
-        """Returns the features of a split, or of its mirrored images: float16, a memory map.
+    def __call__(self, kind, images, mirrored=False):
+        """Returns the features of uint8 images (n, 32, 32, 3), or of their mirror images: float16, a memory map.
 
         `kind` is "maps" for the output of block 4, (n, 2, 2, 512); "block 5" for the mean of its output, (n, 512); or
-        "pooled" for the means of blocks 3, 4 and 5 at 64 x 64 pixels, (n, 1280).
+        "pooled" for the means of blocks 3, 4 and 5 at 64 x 64 pixels, (n, 1280). "images" are returned as they are.
         """
-        images = self.splits[part].images
-        key = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:12]
-        path = self.folder / f"{kind.replace(' ', '_')}_{self.checksum[:12]}_{key}{'_mirrored' * mirrored}.npy"
+        if kind == "images":
+            return images
+        digest = hashlib.sha256(np.ascontiguousarray(images))
+        for weights in (weights for part in self.base for weights in part.get_weights()):
+            digest.update(weights)
+        path = self.folder / f"{kind.replace(' ', '_')}_{digest.hexdigest()[:16]}{'_mirrored' * mirrored}.npy"
         if not path.is_file():
             inputs = images[:, :, ::-1] if mirrored else images
             if kind == "block 5":
-                inputs = self("maps", part, mirrored)
-            print(f"computing the {kind} features of {len(images):,} {'mirrored ' * mirrored}{part} images", flush=True)
-            features = predict(self._model(kind), inputs).astype("float16")
+                inputs = self("maps", images, mirrored)
+            print(f"computing the features ({kind}) of {len(images):,} {'mirrored ' * mirrored}images", flush=True)
+            network = build_pooled(self.base, 2 * IMAGE_SIZE) if kind == "pooled" else self.base[kind == "block 5"]
+            features = predict(network, inputs).astype("float16")
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, features)
         return np.load(path, mmap_mode="r")
-
-    def _model(self, kind):
-        if kind == "maps":
-            return self.base.blocks_1_to_4
-        if kind == "pooled":
-            return build_pooled(self.base, 2 * IMAGE_SIZE)
-        return keras.Model(self.base.block_5.input, layers.GlobalAveragePooling2D()(self.base.block_5.output))
 
 
 def predict(network, inputs):
@@ -455,14 +444,18 @@ def orthogonalize(kernel, steps=5):
     """Brings all singular values of a kernel (height, width, in, filters), seen as a matrix, near 1.
 
     Newton-Schulz iteration with the coefficients of Jordan et al. (2024): values between 0.7 and 1.2 after five steps.
+    It is iterated on the product of the matrix with its transpose, which is smaller, and applied once.
     """
     matrix = ops.reshape(kernel, (-1, kernel.shape[-1]))
     is_wide = matrix.shape[0] < matrix.shape[1]
-    matrix = ops.transpose(matrix) if not is_wide else matrix
+    matrix = matrix if is_wide else ops.transpose(matrix)
     matrix = matrix / (ops.sqrt(ops.sum(ops.square(matrix))) + 1e-7)
+    gram, identity = ops.matmul(matrix, ops.transpose(matrix)), ops.eye(matrix.shape[0])
+    factor = identity
     for _ in range(steps):
-        gram = ops.matmul(matrix, ops.transpose(matrix))
-        matrix = 3.4445 * matrix + ops.matmul(-4.7750 * gram + 2.0315 * ops.matmul(gram, gram), matrix)
+        step = 3.4445 * identity - 4.7750 * gram + 2.0315 * ops.matmul(gram, gram)
+        factor, gram = ops.matmul(step, factor), ops.matmul(ops.matmul(step, gram), step)
+    matrix = ops.matmul(factor, matrix)
     return ops.reshape(matrix if is_wide else ops.transpose(matrix), kernel.shape)
 
 
@@ -475,46 +468,38 @@ OPTIMIZERS = {
 }
 
 
-class FromCurve:
-    """Lets a callback that watches a metric rebuild its counters from the learning curve of a resumed run."""
+class Replay(keras.callbacks.Callback):
+    """Shows the validation losses of a resumed run to callbacks that count on them."""
 
-    def __init__(self, curve, **keywords):
-        super().__init__(**keywords)
-        self.curve = curve
+    def __init__(self, callbacks, losses):
+        super().__init__()
+        self.callbacks, self.losses = callbacks, losses
 
     def on_train_begin(self, logs=None):
-        super().on_train_begin(logs)
         rate = float(self.model.optimizer.learning_rate)
-        for epoch, value in enumerate(self.curve):
-            self.on_epoch_end(epoch, {self.monitor: value})
+        for epoch, loss in enumerate(self.losses):
+            for callback in self.callbacks:
+                callback.on_epoch_end(epoch, {"val_loss": loss})
         self.model.optimizer.learning_rate = rate  # that of the checkpoint
-
-
-class Plateau(FromCurve, keras.callbacks.ReduceLROnPlateau):
-    pass
-
-
-class Stopping(FromCurve, keras.callbacks.EarlyStopping):
-    pass
 
 
 def plateau_callbacks(folder, resume):
     """Returns callbacks that lower the rate when validation stops improving, stop later, and keep the best weights."""
     state = folder / "state.json"
     curves = read_json(state, "start over without --resume")["history"] if resume and state.is_file() else {}
-    losses, accuracies = curves.get("val_loss", []), curves.get("val_accuracy", [])
-    return [
-        Plateau(losses, monitor="val_loss", factor=0.3, patience=1),
-        Stopping(losses, monitor="val_loss", patience=3),
-        keras.callbacks.ModelCheckpoint(
-            folder / "best.weights.h5",
-            monitor="val_accuracy",
-            mode="max",
-            save_best_only=True,
-            save_weights_only=True,
-            initial_value_threshold=max(accuracies, default=None),
-        ),
+    watching = [
+        keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.3, patience=1),
+        keras.callbacks.EarlyStopping(monitor="val_loss", patience=3),
     ]
+    best = keras.callbacks.ModelCheckpoint(
+        folder / "best.weights.h5",
+        monitor="val_accuracy",
+        mode="max",
+        save_best_only=True,
+        save_weights_only=True,
+        initial_value_threshold=max(curves.get("val_accuracy", []), default=None),
+    )
+    return [*watching, best, Replay(watching, curves.get("val_loss", []))]
 
 
 def compile_model(model, optimizer, label_smoothing, steps):
@@ -591,7 +576,7 @@ def train_own(config, split, seed, *, folder, resume, validation):
             callbacks=callbacks,
         )
         optimizer.finalize_variable_values(model.trainable_variables)  # fit does it, unless this part was finished
-        curves = {name: curves.get(name, []) + part_curves[name] for name in ("accuracy", "loss", *VALIDATION_CURVES)}
+        curves = {name: curves.get(name, []) + part_curves[name] for name in part_curves}
         seconds += part_seconds
         if config.schedule == "plateau":
             model.load_weights(part_folder / "best.weights.h5")
@@ -628,51 +613,40 @@ def early_layers(network):
     return network.layers[: poolings[-1] - 1]  # the convolution before the last pooling is part of the last stage
 
 
-def input_kind(config):
-    """Returns what a model on VGG16 takes: "images", or the kind of `Features`."""
+def trained_on(config):
+    """Returns the kind of `Features` that the trained part of a network takes."""
     if config.image_size > IMAGE_SIZE:
         return "pooled"
     return {"head": "block 5", "top block": "maps", "all": "images"}[config.trained]
 
 
-def build_vgg(config, base):
-    """Returns the part of a classifier on VGG16 that is trained, from `input_kind` to probabilities (n, 100)."""
-    kind = input_kind(config)
-    if kind in ("pooled", "block 5"):
-        return build_head(config, 1280 if kind == "pooled" else 512)
-    if kind == "images":
-        inputs = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3), name="images")
-        maps = copy_blocks(preprocess(inputs), base.blocks_1_to_4, (1, 2, 3, 4))
-    else:
-        inputs = maps = keras.Input((2, 2, 512), name="maps")
-    features = layers.GlobalAveragePooling2D()(copy_blocks(maps, base.block_5, (5,)))  # of a single place
-    return keras.Model(inputs, build_head(config, 512)(features))
+def saved_with(config):
+    """Returns the kind of `Features` that the saved network takes."""
+    return "maps" if trained_on(config) == "block 5" else trained_on(config)
 
 
 def train_vgg(config, splits, features, seed, *, folder, resume):
     """Trains a classifier on VGG16, or resumes it from its checkpoint in `folder`.
 
-    `splits` is a dict of `Cifar100Images`, `features` are the `Features` of them. Returns as `build_vgg`, and the
-    learning curves and seconds, without those of computing features.
+    `splits` is a dict of `Cifar100Images`. Returns the network, learning curves and seconds, without those of computing
+    `Features`.
     """
     keras.utils.set_random_seed(seed)
-    network, kind = build_vgg(config, features.base), input_kind(config)
+    network, trained = build_vgg(config, features.base)
+    kind = trained_on(config)
     labels = {part: one_hot(splits[part].labels) for part in ("train", "validation")}
-    images = augmented = keras.Input(network.input_shape[1:])
-    if kind == "images":
-        inputs = {part: splits[part].images for part in labels}
-        if config.mirrored:
-            augmented = layers.RandomFlip("horizontal", seed=seed)(images)
-    else:
-        inputs = {part: features(kind, part) for part in labels}
-        if config.mirrored:
-            inputs["train"] = np.concatenate([inputs["train"], features(kind, "train", mirrored=True)])
-            labels["train"] = np.concatenate([labels["train"], labels["train"]])
+    inputs = {part: features(kind, splits[part].images) for part in labels}
+    images = augmented = keras.Input(trained.input_shape[1:])
+    if config.mirrored and kind == "images":
+        augmented = layers.RandomFlip("horizontal", seed=seed)(images)
+    elif config.mirrored:
+        inputs["train"] = np.concatenate([inputs["train"], features(kind, splits["train"].images, mirrored=True)])
+        labels["train"] = np.concatenate([labels["train"], labels["train"]])
     steps = training.count_steps(len(inputs["train"]), config)
     rate = training.cosine_schedule(config.learning_rate, steps)
     optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
     optimizer.exclude_from_weight_decay(var_names=["bias"])
-    model = keras.Model(images, network(augmented))
+    model = keras.Model(images, trained(augmented))
     compile_model(model, optimizer, config.label_smoothing, steps)
     curves, seconds = training.fit(
         model,
@@ -684,8 +658,16 @@ def train_vgg(config, splits, features, seed, *, folder, resume):
         resume=resume,
         validation_data=(inputs["validation"], labels["validation"]),
     )
-    round_to_grid(network)
+    round_to_grid(trained)
     return network, curves, seconds
+
+
+def train_one(config, splits, features, seed, *, folder, resume):
+    """Trains the network of either kind of config; returns it with its learning curves and seconds."""
+    if isinstance(config, VggConfig):
+        return train_vgg(config, splits, features, seed, folder=folder, resume=resume)
+    split, validation = (select(splits[part], config.classes) for part in ("train", "validation"))
+    return train_own(config, split, seed, folder=folder, resume=resume, validation=validation)
 
 
 def select(split, classes):
@@ -699,28 +681,23 @@ def select(split, classes):
 def get_base(arguments):
     """Returns the `VggBase`: with --quick the saved one, where there is one, which needs no download."""
     folder = models.models_folder(arguments.output_dir, SCRIPT)
-    if arguments.quick and (folder / f"{BASE_PARTS[0]}.keras").is_file():
+    if arguments.quick and (folder / f"{BLOCKS_1_TO_4}.keras").is_file():
         return restore_base(folder)
     return load_vgg16(arguments.data_dir)
 
 
 def train(arguments):
-    """Trains the wanted models and saves the one of the first seed, with a card that has the metrics of all seeds."""
+    """Trains the wanted models and saves those of `SAVED`, each measured, the first seed whatever its metrics."""
     names = [arguments.model] if arguments.model else MODELS
     splits, dataset = load_splits(arguments.data_dir, sample=arguments.sample, quick=arguments.quick)
+    vgg_models = [name for name in names if isinstance(CONFIGS[name], VggConfig)]
     cache = arguments.output_dir / "runs" / SCRIPT / "features"
-    is_vgg = [name for name in names if isinstance(CONFIGS[name], VggConfig)]
-    features = Features(get_base(arguments), splits, cache) if is_vgg else None
-    trained = {name: [] for name in names}
+    features = Features(get_base(arguments), cache) if vgg_models else None
+    runs = {name: [] for name in names}
     for name, seed, folder in results.training_runs(SCRIPT, arguments, names, NUM_SEEDS):
         config = cli.with_flags(CONFIGS[name], arguments)
-        checkpoint = {"folder": folder, "resume": arguments.resume}
-        if isinstance(config, VggConfig):
-            run = train_vgg(config, splits, features, seed, **checkpoint)
-        else:
-            selected = {part: select(splits[part], config.classes) for part in ("train", "validation")}
-            run = train_own(config, selected["train"], seed, validation=selected["validation"], **checkpoint)
-        trained[name].append((config, seed, *run))
+        run = train_one(config, splits, features, seed, folder=folder, resume=arguments.resume)
+        runs[name].append((config, seed, *run))
 
     # The test images are read after the last training run has ended.
     if arguments.sample:
@@ -729,37 +706,47 @@ def train(arguments):
         splits["sample"] = load_splits(arguments.data_dir, sample=True)[0]["test"]
     about = {"name": dataset.name, **{part: len(split.images) for part, split in splits.items()}}
     about["sha256"] = dataset.checksums
-    compresslevel = 1 if arguments.quick else 9  # which takes three minutes for all models together
     folder = arguments.output_dir / "saved_models" / SCRIPT
-    for name, runs in trained.items():
-        measured = []
-        for config, _, network, _, _ in runs:
-            parts = splits if not measured else {part: splits[part] for part in splits if part != "train"}
-            measured.append(evaluate_parts(network, config, parts, features))
-        config, seed, network, curves, seconds = runs[0]  # the first seed is saved, whatever its metrics
-        made = {"config": config, "seed": seed, "curves": curves, "seconds": seconds}
-        card = models.card(SCRIPT, name, arguments, dataset=about, metrics=measured[0], **made)
-        card["seeds"] = [
-            {"seed": run[1], "seconds": round(run[4], 1), "curves": run[3], **metrics}
-            for run, metrics in zip(runs, measured, strict=True)
-        ]
-        if isinstance(config, VggConfig):
-            card["base_sha256"] = features.checksum
-        models.save_model(network, folder / f"{name}.keras", card, compresslevel)
-    for name, part in zip(BASE_PARTS, features.base, strict=True) if is_vgg else ():
-        config = dataclasses.replace(CONFIGS[is_vgg[0]], epochs=0)
-        made = {"config": config, "seed": arguments.seed, "curves": {}, "seconds": 0.0, "metrics": {}}
-        card = models.card(SCRIPT, name, arguments, dataset=about, **made)
-        card["base_sha256"] = features.checksum
-        models.save_model(part, folder / f"{name}.keras", card, compresslevel)
+    compresslevel = 1 if arguments.quick else 9  # which takes three minutes for all models together
+
+    def save(network, name, metrics, config, seed, curves, seconds, **more):
+        card = models.card(
+            SCRIPT,
+            name,
+            arguments,
+            dataset=about,
+            metrics=metrics,
+            config=config,
+            seed=seed,
+            curves=curves,
+            seconds=seconds,
+        )
+        models.save_model(network, folder / f"{name}.keras", card | more, compresslevel)
+
+    for name in names:
+        seeds = []
+        for config, seed, network, curves, seconds in runs[name]:
+            metrics = {part: evaluate(network, config, features, split)[0] for part, split in splits.items()}
+            seeds.append({"seed": seed, "seconds": round(seconds, 1), "curves": curves, **metrics})
+        for number, (config, seed, network, curves, seconds) in enumerate(runs[name]):
+            file_name = f"{name}_seed_{number}" if number else name
+            if file_name in SAVED:
+                metrics = {part: seeds[number][part] for part in splits}
+                save(network, file_name, metrics, config, seed, curves, seconds, seeds=[] if number else seeds)
+    if vgg_models:
+        config = dataclasses.replace(CONFIGS[vgg_models[0]], epochs=0)
+        save(features.base.blocks_1_to_4, BLOCKS_1_TO_4, {}, config, arguments.seed, {}, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
 def restore_base(folder):
-    """Returns the saved `VggBase`; raises `UserError` where it is missing or damaged."""
-    return VggBase(*(models.load_model(folder / f"{name}.keras", SCRIPT)[0] for name in BASE_PARTS))
+    """Returns the `VggBase` out of its saved parts; raises `UserError` where one is missing or damaged."""
+    blocks_1_to_4, tail = (
+        models.load_model(folder / f"{name}.keras", SCRIPT)[0] for name in (BLOCKS_1_TO_4, "vgg_features")
+    )
+    return VggBase(blocks_1_to_4, tail.get_layer("block_5"))
 
 
 def augmented_views(images):
@@ -772,48 +759,40 @@ def augmented_views(images):
         yield view[:, :, ::-1]
 
 
-def predict_augmented(network, images):
-    """Returns the probabilities of `network`, averaged over the `augmented_views` of images: float32 (n, classes)."""
-    return np.mean([predict(network, view) for view in augmented_views(images)], axis=0)
-
-
 def classification_metrics(probabilities, labels):
-    """Returns accuracy, top-5 accuracy and mean log loss of probabilities (n, classes): dict of float."""
+    """Returns accuracy, top-5 accuracy, log loss and calibration error of probabilities (n, classes): dict of float."""
     classes = np.arange(probabilities.shape[1])
     probabilities = probabilities.astype("float64")
     probabilities /= probabilities.sum(axis=1, keepdims=True)
+    confidence, accuracy = reliability(probabilities, labels)
     return {
         "accuracy": float((probabilities.argmax(1) == labels).mean()),
         "top_5_accuracy": float(top_k_accuracy_score(labels, probabilities, k=5, labels=classes)),
         "log_loss": float(log_loss(labels, probabilities, labels=classes)),
+        "calibration_error": float(np.abs(confidence - accuracy).mean()),
     }
 
 
-def evaluate(network, config, features, part, split, augmented=True):
-    """Returns the metrics of a network on a split, and its probabilities.
+def reliability(probabilities, labels, bins=10):
+    """Returns mean confidence and accuracy of `bins` groups of as many images each, in order of confidence."""
+    accuracy, confidence = calibration_curve(
+        probabilities.argmax(1) == labels, probabilities.max(1), n_bins=bins, strategy="quantile"
+    )
+    return confidence, accuracy
 
-    Those of our own networks include the accuracy with `predict_augmented`, unless `augmented` is False.
+
+def evaluate(network, config, features, split):
+    """Returns the metrics of a network on a split of images, and its probabilities.
+
+    Those of our own networks include the accuracy of the mean probabilities of the `augmented_views`.
     """
     if isinstance(config, VggConfig):
-        kind = input_kind(config)
-        probabilities = predict(network, split.images if kind == "images" else features(kind, part))
+        probabilities = predict(network, features(saved_with(config), split.images))
         return classification_metrics(probabilities, split.labels), probabilities
     images, labels = select(split, config.classes)
-    probabilities = predict(network, images)
-    metrics = classification_metrics(probabilities, labels)
-    if augmented:
-        metrics["augmented_accuracy"] = float((predict_augmented(network, images).argmax(1) == labels).mean())
-    return metrics, probabilities
-
-
-def evaluate_parts(network, config, splits, features):
-    """Returns the metrics of a network on each split: dict of dicts. Augmentation is left out on training images."""
-    if features is not None:
-        features.splits = splits
-    return {
-        part: evaluate(network, config, features, part, split, augmented=part != "train")[0]
-        for part, split in splits.items()
-    }
+    views = [predict(network, view) for view in augmented_views(images)]
+    augmented = float((np.mean(views, axis=0).argmax(1) == labels).mean())
+    return classification_metrics(views[0], labels) | {"augmented_accuracy": augmented}, views[0]
 
 
 # --------------------------------------------------------------------------------------------------------- experiments
@@ -826,82 +805,218 @@ def run_experiments(arguments):
         return 0
     table = results.table_path(arguments.output_dir, SCRIPT)
     splits, _ = load_splits(arguments.data_dir, sample=arguments.sample, quick=arguments.quick)
-    whole = splits["train"]
+    whole, labels = splits["train"], splits["validation"].labels
     folder = arguments.output_dir / "runs" / SCRIPT
     features = None
+    columns = (*ROW_FIELDS, *(f"validation_{name}" for name in METRICS))
     planned = plan.planned_runs(arguments.seed)
     for run in results.unfinished(table, planned, limit=2 if arguments.quick else None):
-        changes = plan.EXPERIMENTS[run["name"]]
-        baseline = VggConfig() if run["name"] in plan.VGG else Config()
-        config = cli.with_flags(dataclasses.replace(baseline, **changes), arguments)
-        count = None if run["name"] in plan.ALL_IMAGES else plan.IMAGES
-        splits["train"] = Cifar100Images(*(array[:count] for array in whole))
-        checkpoint = {"folder": folder / "experiment", "resume": False}
+        name, seed = run["name"], run["seed"]
+        row = dict.fromkeys(columns, "") | run
+        if name in plan.ENSEMBLES:
+            members = [(member, seed + offset) for member, offset in plan.ENSEMBLES[name]]
+            mean = np.mean([np.load(probabilities_path(folder, *member)) for member in members], axis=0)
+            row["changes"] = ", ".join(f"{member} {number}" for member, number in members)
+            results.append_row(table, row | rounded(classification_metrics(mean, labels)))
+            continue
+        changes = plan.EXPERIMENTS[name]
+        config = dataclasses.replace(VggConfig() if name in plan.VGG else Config(), **changes)
+        config = cli.with_flags(config, arguments)
+        splits["train"] = Cifar100Images(*(array[: plan.num_images(name)] for array in whole))
+        if isinstance(config, VggConfig) and features is None:
+            features = Features(get_base(arguments), folder / "features")
         try:
-            if isinstance(config, VggConfig):
-                features = features or Features(get_base(arguments), splits, folder / "features")
-                network, curves, seconds = train_vgg(config, splits, features, run["seed"], **checkpoint)
-            else:
-                selected = {part: select(splits[part], config.classes) for part in ("train", "validation")}
-                network, curves, seconds = train_own(
-                    config, selected["train"], run["seed"], validation=selected["validation"], **checkpoint
-                )
-            measured, _ = evaluate(network, config, features, "validation", splits["validation"])
-            row = {
-                **run,
-                "changes": ", ".join(f"{name}={value}" for name, value in changes.items()),
-                "images": len(splits["train"].images),
-                "epochs": len(curves["loss"]),
-                "parameters": models.parameter_counts(network)["trainable"],
-                "seconds": round(seconds, 1),
-                "train_accuracy": round(curves["accuracy"][-1], 4),
-                **{f"validation_{name}": round(measured.get(name, math.nan), 4) for name in METRICS},
-            }
+            trained = train_one(config, splits, features, seed, folder=folder / "experiment", resume=False)
         except training.Diverged:
-            row = {**dict.fromkeys([*ROW_FIELDS, *(f"validation_{name}" for name in METRICS)], ""), **run}
-        results.append_row(table, row)
+            results.append_row(table, row)
+            continue
+        network, curves, seconds = trained
+        measured, probabilities = evaluate(network, config, features, splits["validation"])
+        with replacing(probabilities_path(folder, name, seed)) as temporary, open(temporary, "wb") as file:
+            np.save(file, probabilities.astype("float16"))
+        row |= {
+            "changes": ", ".join(f"{field}={value}" for field, value in changes.items()),
+            "images": len(splits["train"].images),
+            "epochs": len(curves["loss"]),
+            "parameters": models.parameter_counts(network)["trainable"],
+            "seconds": round(seconds, 1),
+            "train_accuracy": round(curves["accuracy"][-1], 4),
+        }
+        results.append_row(table, row | rounded(measured))
     return 0
+
+
+def rounded(measured):
+    """Returns the columns of the table for the metrics of a network."""
+    return {f"validation_{name}": round(measured[name], 4) for name in METRICS if name in measured}
+
+
+def probabilities_path(folder, name, seed):
+    """Returns where the validation probabilities of an experiment are kept, for ensembles."""
+    return folder / "probabilities" / f"{name.replace(' ', '_')}_{seed}.npy"
 
 
 # -------------------------------------------------------------------------------------------------------------- report
 
 
+def superclass_of(split):
+    """Returns the superclass of each class: int (100,)."""
+    superclasses = np.zeros(NUM_CLASSES, int)
+    superclasses[split.labels] = split.coarse_labels
+    return superclasses
+
+
+def confused_pairs(predicted, labels, count):
+    """Returns the pairs of classes that are taken for each other most often: (class, class, images) each."""
+    counts = confusion_matrix(labels, predicted, labels=range(NUM_CLASSES))
+    both = np.triu(counts + counts.T, 1)
+    pairs = np.argsort(-both, axis=None, kind="stable")[:count]
+    return [(int(a), int(b), int(both[a, b])) for a, b in zip(*np.unravel_index(pairs, both.shape), strict=True)]
+
+
+def compare_experiments(table, plan):
+    """Returns what each technique is worth in validation accuracy: dict from comparison to dicts by experiment."""
+    compared = {}
+    for title, names in plan.COMPARISONS.items():
+        rows = table[table["name"].isin(names) & table["validation_accuracy"].notna()]
+        if names[0] in set(rows["name"]):
+            paired = results.paired_comparison(rows, "validation_accuracy", baseline=names[0])
+            paired["train_accuracy"] = rows.groupby("name")["train_accuracy"].mean()
+            paired["seconds"] = rows.groupby("name")["seconds"].mean()
+            paired["accuracies"] = rows.groupby("name")["validation_accuracy"].agg(list)
+            compared[title] = paired.reindex([name for name in names if name in paired.index]).to_dict("index")
+    return compared
+
+
+def summarise(cards, measured, test, probabilities, class_names, compared):
+    """Returns what `report/results/cifar100_transfer.json` holds; `cards`, `measured`, `probabilities` are by model."""
+    of_models = {}
+    for name, card in cards.items():
+        seeds = card["seeds"] or [{**card["metrics"], "seed": card["seed"]}]
+        accuracies = [100 * run["test"]["accuracy"] for run in seeds if "test" in run]
+        of_models[name] = {
+            "test": measured[name],
+            "seeds": len(accuracies),
+            "mean": float(np.mean(accuracies)) if accuracies else None,
+            "std": standard_deviation(accuracies),
+            "parameters": card["parameters"],
+            "epochs": len(card["curves"]["loss"]),
+            "minutes": round(card["seconds"] / 60, 1),
+            "seconds_per_epoch": round(card["seconds"] / len(card["curves"]["loss"]), 1),
+            "hardware": card["hardware"],
+            "shortened": card["shortened"],
+        }
+    summary = {"script": f"{SCRIPT}.py", "models": of_models, "experiments": compared}
+    if "ensemble" in measured:
+        summary["ensemble"] = {"members": list(MEMBERS), "test": measured["ensemble"]}
+    if BEST in probabilities:
+        pairs = confused_pairs(probabilities[BEST].argmax(1), test.labels, 10)
+        summary["confused_pairs"] = [[class_names[a], class_names[b], count] for a, b, count in pairs]
+    summary["superclass_accuracy"] = {name: superclass_accuracy(each, test) for name, each in probabilities.items()}
+    return summary
+
+
+def superclass_accuracy(probabilities, split):
+    """Returns the share of images of each superclass whose class is right: list of float (20,)."""
+    right = probabilities.argmax(1) == split.labels
+    return [float(right[split.coarse_labels == number].mean()) for number in range(NUM_SUPERCLASSES)]
+
+
 def report(arguments):
-    """Restores the saved models, measures them, and writes figures; returns the exit code."""
+    """Restores the saved models, measures them, and writes results and figures; returns the exit code."""
     folder = models.models_folder(arguments.output_dir, SCRIPT)
-    print(f"models from {folder}")
     splits, dataset = load_splits(arguments.data_dir, sample=arguments.sample, quick=arguments.quick)
     test, part = splits["test"], "sample" if arguments.sample else "test"
-    features, rows, measured, cards = None, [], {}, {}
-    for name in [arguments.model] if arguments.model else MODELS:
-        path = folder / f"{name}.keras"
-        network, card = models.load_model(path, SCRIPT)
-        config = CONFIGS[name]
-        if isinstance(config, VggConfig) and features is None:
-            cache = arguments.output_dir / "runs" / SCRIPT / "features"
-            features = Features(restore_base(folder), {"test": test}, cache)
-        if isinstance(config, VggConfig) and card.get("base_sha256") != features.checksum:
-            raise UserError(f"{path} was trained on another base than that in {folder}; train it again")
-        measured[name], _ = evaluate(network, config, features, "test", test)
-        cards[name] = card
-        rows += results.compare(card, measured[name], part=part, size=len(test.images), sha256=dataset.checksums)
-        if arguments.record:
-            results.record_metrics(path, **{part: (len(test.images), measured[name])})
-    written = []
+    options = {"part": part, "size": len(test.images), "sha256": dataset.checksums}
+    features, rows, written, cards, measured, probabilities = None, [], [], {}, {}, {}
+    for name in [arguments.model] if arguments.model else SAVED:
+        path, config = folder / f"{name}.keras", SAVED[name]
+        network, cards[name] = models.load_model(path, SCRIPT)
+        if isinstance(config, VggConfig):
+            features = features or Features(restore_base(folder), arguments.output_dir / "runs" / SCRIPT / "features")
+        measured[name], probabilities[name] = evaluate(network, config, features, test)
+    if set(MEMBERS) <= probabilities.keys():  # the card of the best network has the metrics of the ensemble
+        probabilities["ensemble"] = np.mean([probabilities[name] for name in MEMBERS], axis=0)
+        measured["ensemble"] = classification_metrics(probabilities["ensemble"], test.labels)
+        measured[BEST] |= {f"ensemble_{metric}": value for metric, value in measured["ensemble"].items()}
+    for name, card in cards.items():
+        rows += results.compare(card, measured[name], **options)
+        if arguments.record or (arguments.train and name == BEST):
+            checksums = None if arguments.sample else dataset.checksums
+            results.record_metrics(folder / f"{name}.keras", checksums, **{part: (len(test.images), measured[name])})
+    table_path = results.recorded_path(arguments, f"{SCRIPT}_experiments.csv")
+    numbers = ("seed", "seconds", "train_accuracy", "validation_accuracy")
+    table = results.read_table(table_path, numbers=numbers, texts=("name",))
+    plan = results.optional_module("experiments", SCRIPT)
+    compared = compare_experiments(table, plan) if plan else {}
+    summary = summarise(cards, measured, test, probabilities, dataset.class_names, compared)
     if (arguments.train or arguments.record) and not arguments.sample:
-        summary = {"script": f"{SCRIPT}.py", "models": {}}
-        for name, card in cards.items():
-            summary["models"][name] = {"test": measured[name], "parameters": card["parameters"]["trainable"]}
-        written.append(results.write_results(SCRIPT, arguments, summary))
-    results.optional_module("plots", SCRIPT)
+        written.append(results.write_results(SCRIPT, arguments, summary, merged=("models", "superclass_accuracy")))
+    plots = results.optional_module("plots", SCRIPT)
+    if plots and not arguments.model:  # the figures compare all models
+        written += draw_figures(plots, summary, cards, probabilities, test, dataset.class_names, arguments)
     return results.conclude(SCRIPT, arguments, rows, written)
+
+
+def draw_figures(plots, summary, cards, probabilities, test, class_names, arguments):
+    """Writes all figures; returns their paths."""
+    folder = arguments.output_dir / "report" / "figures" / SCRIPT
+    predicted, confidence = probabilities[BEST].argmax(1), probabilities[BEST].max(1)
+    superclasses = superclass_of(test)
+    counts = confusion_matrix(test.coarse_labels, superclasses[predicted], labels=range(NUM_SUPERCLASSES))
+    wrong = np.flatnonzero(predicted != test.labels)
+    mistakes = wrong[np.argsort(-confidence[wrong], kind="stable")[:16]]
+    titles = [f"{class_names[test.labels[each]]}\n{class_names[predicted[each]]}?" for each in mistakes]
+    pairs = {}
+    for a, b, count in confused_pairs(predicted, test.labels, 6):
+        taken = ((test.labels == a) & (predicted == b)) | ((test.labels == b) & (predicted == a))
+        pairs[f"{class_names[a]}, {class_names[b]}: {count}"] = test.images[np.flatnonzero(taken)[:6]]
+    reliabilities = {
+        name: (*reliability(probabilities[name], test.labels), summary_of["calibration_error"])
+        for name, summary_of in ((BEST, summary["models"][BEST]["test"]), ("ensemble", summary["ensemble"]["test"]))
+    }
+    order = [*MEMBERS, *(name for name in reversed(MODELS) if name not in MEMBERS)]
+    means = np.cumsum([probabilities[name] for name in order], axis=0)
+    sizes = [float((mean.argmax(1) == test.labels).mean()) for mean in means]
+    singles = [float((probabilities[name].argmax(1) == test.labels).mean()) for name in order]
+    curves = {name: cards[name]["curves"] for name in MODELS}
+    accuracies = {name: summary["superclass_accuracy"][name] for name in ("vgg_full", BEST)}
+    return [
+        plots.draw_cost(summary["models"], folder / "cost.png"),
+        plots.draw_learning_curves(curves, folder / "learning_curves.png"),
+        *plots.draw_experiments(summary["experiments"], folder),
+        plots.draw_confusion(counts, folder / "superclasses.png"),
+        plots.draw_superclass_accuracy(accuracies, folder / "superclass_accuracy.png"),
+        plots.draw_pairs(pairs, folder / "confused_pairs.png"),
+        plots.draw_mistakes(test.images[mistakes], titles, folder / "mistakes.png"),
+        plots.draw_reliability(reliabilities, folder / "calibration.png"),
+        plots.draw_ensemble(order, singles, sizes, folder / "ensemble.png"),
+    ]
+
+
+def predict_files(arguments):
+    """Prints the five most probable classes of each image file; returns whether all could be read."""
+    network, _ = models.load_model(models.models_folder(arguments.output_dir, SCRIPT) / f"{BEST}.keras", SCRIPT)
+    class_names = load_cifar100(arguments.data_dir, sample=True).class_names
+
+    def predict_file(path):
+        small = ImageOps.fit(read_image(path, "RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+        probabilities = network.predict(np.asarray(small)[None], verbose=0)[0]
+        best = np.argsort(-probabilities)[:5]
+        print(f"{printable(path)}: {', '.join(f'{class_names[each]} {probabilities[each]:.0%}' for each in best)}")
+
+    return predict_each(arguments.predict, predict_file)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
-    arguments = cli.parse(cli.parser(__doc__, MODELS), argv)
+    flags = cli.parser(__doc__, MODELS)
+    flags.modes.add_argument("--predict", type=Path, nargs="+", metavar="FILE", help="classify image files")
+    arguments = cli.parse(flags, argv)
+    if arguments.predict:
+        return 0 if predict_files(arguments) else 2
     if arguments.experiments:
         return run_experiments(arguments)
     if arguments.train:

@@ -4,31 +4,23 @@ Networks of our own start from `Config()`, the baseline, and see 12,500 training
 VGG16 start from `VggConfig()`. All are measured on the 5,000 validation images.
 """
 
-IMAGES = 12_500  # always the same ones, in random order
-TUNED_BLOCK = {
-    "trained": "top block",
-    "standardize": True,
-    "hidden": (1024,),
-    "dropout": 0.5,
-    "learning_rate": 1e-4,
-    "weight_decay": 0.01,
-    "epochs": 6,
-}
-WIDE_HEAD = {"standardize": True, "hidden": (1024,), "dropout": 0.5}
+IMAGES = 12_500  # always the same ones, in random order; frozen features are cheap, so heads see all 45,000
 
-VGG = {
-    # Three iterations of the head: nothing but a classifier; the features on one scale; a hidden layer with dropout.
+HIDDEN = {"standardize": True, "hidden": (1024,), "dropout": 0.5}
+HEADS = {  # three iterations: nothing but a classifier; the features on one scale; a hidden layer with dropout
     "head 1: softmax": {},
     "head 2: standardised features": {"standardize": True},
-    "head 3: hidden layer": WIDE_HEAD,
-    "head 3, mirrored features": {**WIDE_HEAD, "mirrored": True, "epochs": 10},
-    "tuned block": TUNED_BLOCK,
-    "tuned block, mirrored features": {**TUNED_BLOCK, "mirrored": True, "epochs": 3},  # twice the images: as many steps
-    "tuned block, usual learning rate": {**TUNED_BLOCK, "learning_rate": 1e-3},
+    "head 3: hidden layer": HIDDEN,
+    "head 3, mirrored features": {**HIDDEN, "mirrored": True, "epochs": 10},  # twice the images: as many steps
 }
-ALL_IMAGES = [name for name in VGG if name.startswith("head")]  # frozen features are cheap to train on
-
-OWN = {
+BLOCK = {**HIDDEN, "trained": "top block", "learning_rate": 1e-4, "weight_decay": 0.01, "epochs": 6}
+TUNED = {
+    "tuned block": BLOCK,
+    "tuned block, mirrored features": {**BLOCK, "mirrored": True, "epochs": 3},
+    "tuned block, usual learning rate": {**BLOCK, "learning_rate": 1e-3},
+}
+VGG = {**HEADS, **TUNED}
+OWN = {  # the questions of the assignment
     "baseline": {},
     "no shortcuts": {"residual": False},
     "no augmentation": {"augmentation": ()},
@@ -38,25 +30,58 @@ OWN = {
     "plateau schedule": {"schedule": "plateau"},
     "SGD with momentum": {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 5e-3},
     "Muon": {"optimizer": "muon", "learning_rate": 0.1},
-    "Muon, twice the rate": {"optimizer": "muon", "learning_rate": 0.2},
-    "batches of 512": {"batch_size": 512, "learning_rate": 4e-3},
-    "averaged weights": {"averaging": 0.98},
-    "whitening": {"whitening": True},
-    "alternating mirror": {"augmentation": ("alternate", "shift")},
-    "small images first": {"small_size": 24, "small_epochs": 2},
     "dropout": {"dropout": 0.3},
-    "2 more epochs": {"tuned_size": 32, "tuned_epochs": 2},
-    "2 more epochs at 48 x 48": {"tuned_size": 48, "tuned_epochs": 2},
     "20 superclasses": {"classes": 20},
     "50 classes": {"classes": 50, "epochs": 10},  # half the images: as many steps
     "25 classes": {"classes": 25, "epochs": 20},
 }
-EXPERIMENTS = {**OWN, **VGG}
+MUON = {"optimizer": "muon", "learning_rate": 0.1}
+FAST = {  # what is known to pay in short training runs, with the optimiser that pays most
+    "Muon, twice the rate": {**MUON, "learning_rate": 0.2},
+    "Muon, batches of 256": {**MUON, "batch_size": 256},
+    "Muon, averaged weights": {**MUON, "averaging": 0.98},
+    "Muon, whitening": {**MUON, "whitening": True},
+    "Muon, identity initialisation": {**MUON, "identity": True},
+    "Muon, maximum at the end": {**MUON, "pooling": "max"},
+    "Muon, GELU": {**MUON, "activation": "gelu"},
+    "Muon, alternating mirror": {**MUON, "augmentation": ("alternate", "shift")},
+    "Muon, small images first": {**MUON, "small_size": 24, "small_epochs": 2},
+    "Muon, no shortcuts": {**MUON, "residual": False},
+    "Muon, 2 more epochs": {**MUON, "tuned_size": 32, "tuned_epochs": 2},
+    "Muon, 2 more epochs at 48 x 48": {**MUON, "tuned_size": 48, "tuned_epochs": 2},
+}
+EXPERIMENTS = {**OWN, **FAST, **VGG}
 NUM_SEEDS, NUM_BASELINE_SEEDS = 2, 5
+COMPARISONS = {  # title -> names, the first one of which is the baseline
+    "our own network": list(OWN),
+    "our own network with Muon": ["Muon", *FAST],
+    "heads on VGG16": list(HEADS),
+    "tuned block of VGG16": list(TUNED),
+    "ensembles": ["Muon", "ensemble of 4 seeds", "ensemble of 4 designs"],
+}
+BASELINES = ("baseline", "Muon", "head 1: softmax", "tuned block")
+
+# Means of the probabilities of four runs, named by experiment and seed (relative to that of the ensemble).
+ENSEMBLES = {
+    "ensemble of 4 seeds": [("Muon", seed) for seed in range(4)],
+    "ensemble of 4 designs": [
+        (f"Muon{change}", 0) for change in ("", ", whitening", ", no shortcuts", ", maximum at the end")
+    ],
+}
+
+
+def num_images(name):
+    """Returns the number of training images of an experiment, None for all."""
+    return None if name in HEADS else IMAGES
 
 
 def planned_runs(seed):
-    """Returns every run in order: the baseline, then each experiment with the first seed, then with the next one."""
-    baseline = [("baseline", seed + number) for number in range(NUM_BASELINE_SEEDS)]
-    others = [(name, seed + number) for number in range(NUM_SEEDS) for name in EXPERIMENTS if name != "baseline"]
-    return [{"name": name, "seed": each} for name, each in baseline + others]
+    """Returns every run in order: the baselines, then each experiment with the first seed, then with the next one."""
+    others = [name for name in EXPERIMENTS if name not in BASELINES]
+    runs = [("baseline", seed + number) for number in range(NUM_BASELINE_SEEDS)]
+    runs += [(name, seed + number) for number in range(NUM_SEEDS) for name in ("Muon", *FAST)]
+    runs += [(name, seed + number) for number in range(NUM_SEEDS) for name in others if name not in FAST]
+    runs += [("Muon", seed + number) for number in range(NUM_SEEDS, NUM_BASELINE_SEEDS)]
+    runs += [(name, seed + number) for name in BASELINES[2:] for number in range(NUM_BASELINE_SEEDS)]
+    runs += [(name, seed + number) for number in range(NUM_SEEDS) for name in ENSEMBLES]
+    return [{"name": name, "seed": each} for name, each in runs]

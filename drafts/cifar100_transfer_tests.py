@@ -22,7 +22,7 @@ SMALL = script.Config(filters=(4, 6, 8), batch_size=20, epochs=3)
 def base():
     """The base of VGG16 with the weights that Keras starts with, which need no download."""
     keras.utils.set_random_seed(0)
-    return script.split_base(keras.applications.VGG16(include_top=False, weights=None, input_shape=(None, None, 3)))
+    return script.build_base(None)
 
 
 @pytest.fixture(scope="module")
@@ -67,37 +67,50 @@ def test_preprocessing_is_that_of_keras():
 
 
 def test_tail_on_maps_equals_the_whole_network(base):
-    tail = script.build_vgg(script.CONFIGS["vgg_top_block"], base)
-    whole = script.build_vgg(script.CONFIGS["vgg_full"], base)
-    whole.layers[-1].set_weights(tail.layers[-1].get_weights())
+    tail, trained = script.build_vgg(script.CONFIGS["vgg_features"], base)
+    whole, _ = script.build_vgg(script.CONFIGS["vgg_full"], base)
+    whole.layers[-1].get_layer("head").set_weights(trained.get_weights())
     maps = base.blocks_1_to_4.predict(IMAGES, verbose=0)
     np.testing.assert_allclose(tail.predict(maps, verbose=0), whole.predict(IMAGES, verbose=0), atol=1e-5)
 
 
-def test_features_are_those_of_the_base_and_computed_once(base, splits, tmp_path, monkeypatch):
-    features = script.Features(base, {"train": splits["train"]._replace(images=IMAGES)}, tmp_path)
-    maps = features("maps", "train")
+def test_base_is_vgg16_and_copies_of_it_are_trained(base):
+    keras.utils.set_random_seed(0)
+    expected = keras.applications.VGG16(include_top=False, weights=None, input_shape=(None, None, 3))
+    script.round_to_grid(expected)
+    images = keras.applications.vgg16.preprocess_input(IMAGES.astype("float32"))
+    features = base.block_5.predict(base.blocks_1_to_4.predict(IMAGES, verbose=0), verbose=0)
+    np.testing.assert_allclose(features, expected.predict(images, verbose=0)[:, 0, 0], rtol=1e-4, atol=1e-4)
+    whole, _ = script.build_vgg(script.CONFIGS["vgg_full"], base)
+    before = [weights.copy() for part in base for weights in part.get_weights()]
+    whole.set_weights([weights + 1 for weights in whole.get_weights()])
+    after = [weights for part in base for weights in part.get_weights()]
+    assert all(np.array_equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_features_are_those_of_the_base_and_computed_once(base, tmp_path, monkeypatch):
+    features = script.Features(base, tmp_path)
+    maps = features("maps", IMAGES)
     expected = base.blocks_1_to_4.predict(IMAGES, verbose=0)
     np.testing.assert_allclose(maps, expected, rtol=1e-3, atol=1e-3)
-    top = base.block_5.predict(expected, verbose=0).mean(axis=(1, 2))
-    np.testing.assert_allclose(features("block 5", "train"), top, rtol=5e-3, atol=5e-3)
-    pooled = features("pooled", "train")
+    top = base.block_5.predict(expected, verbose=0)
+    np.testing.assert_allclose(features("block 5", IMAGES), top, rtol=5e-3, atol=5e-3)
+    pooled = features("pooled", IMAGES)
     assert pooled.shape == (6, 1280)
     mirrored = base.blocks_1_to_4.predict(IMAGES[:, :, ::-1], verbose=0)
-    np.testing.assert_allclose(features("maps", "train", mirrored=True), mirrored, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(features("maps", IMAGES, mirrored=True), mirrored, rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(script, "predict", None)
-    assert np.array_equal(features("pooled", "train"), pooled)
+    assert np.array_equal(features("pooled", IMAGES), pooled)
 
 
-def test_features_are_computed_again_for_other_images_and_other_weights(base, splits, tmp_path):
-    split = splits["train"]._replace(images=IMAGES)
-    first = script.Features(base, {"train": split}, tmp_path)("maps", "train")
-    other = script.Features(base, {"train": split._replace(images=255 - IMAGES)}, tmp_path)("maps", "train")
+def test_features_are_computed_again_for_other_images_and_other_weights(base, tmp_path):
+    first = script.Features(base, tmp_path)("maps", IMAGES)
+    other = script.Features(base, tmp_path)("maps", 255 - IMAGES)
     assert not np.array_equal(first, other)
     kernel = base.blocks_1_to_4.get_layer("block4_conv3").bias
     old = kernel.numpy()
     kernel.assign(old + 1)
-    changed = script.Features(base, {"train": split}, tmp_path)("maps", "train")
+    changed = script.Features(base, tmp_path)("maps", IMAGES)
     kernel.assign(old)
     assert not np.array_equal(first, changed)
 
@@ -116,7 +129,7 @@ def test_trainable_parameters_of_the_vgg_models(base):
     head = 512 * 1024 + 1024 + 1024 * 100 + 100
     block_5 = 3 * (512 * 512 * 9 + 512)
     counts = {
-        name: sum(int(np.prod(weights.shape)) for weights in script.build_vgg(config, base).trainable_variables)
+        name: script.models.parameter_counts(script.build_vgg(config, base)[1])["trainable"]
         for name, config in script.CONFIGS.items()
         if isinstance(config, script.VggConfig)
     }
@@ -192,6 +205,11 @@ def test_orthogonalised_kernels_have_singular_values_near_1(shape):
     values = np.linalg.svd(update.reshape(-1, shape[-1]), compute_uv=False)
     assert values.min() > 0.5
     assert values.max() < 1.3
+    left, expected, right = np.linalg.svd(kernel.reshape(-1, shape[-1]), full_matrices=False)
+    expected /= np.sqrt(np.sum(expected**2))
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    np.testing.assert_allclose(update.reshape(-1, shape[-1]), left * expected @ right, atol=1e-4)
 
 
 def train(config, folder, resume=False, callbacks=()):
@@ -255,11 +273,52 @@ def test_last_part_trains_the_last_stage_alone_on_upsampled_images(tmp_path):
 
 
 def test_metrics_of_a_known_case():
-    probabilities = np.full((2, 100), 0.5 / 99)
-    probabilities[0, 3] = probabilities[1, 4] = 0.5
-    metrics = script.classification_metrics(probabilities, np.array([3, 99]))
+    probabilities = np.full((20, 100), 0.5 / 99)
+    labels = np.arange(20)
+    probabilities[labels, labels] = 0.5
+    probabilities[:, 99] += 1e-6
+    labels[10:] = 98  # wrong, but as probable as all others
+    metrics = script.classification_metrics(probabilities, labels)
     assert metrics["accuracy"] == 0.5
-    assert metrics["log_loss"] == pytest.approx((np.log(2) + np.log(99 / 0.5)) / 2)
+    assert metrics["log_loss"] == pytest.approx((np.log(2) + np.log(99 / 0.5)) / 2, abs=1e-4)
+    assert metrics["calibration_error"] == pytest.approx(0, abs=1e-4)
+
+
+def test_mean_of_an_ensemble_and_confused_pairs_of_a_known_case():
+    labels, predicted = np.array([0, 0, 1, 1, 2]), np.array([1, 0, 0, 1, 5])
+    assert script.confused_pairs(predicted, labels, 2) == [(0, 1, 2), (2, 5, 1)]
+
+
+def test_ensemble_of_experiments_is_the_mean_of_their_probabilities(tmp_path, monkeypatch):
+    plan = script.results.optional_module("experiments", SCRIPT)
+    splits, _ = script.load_splits(DATA_DIR, sample=True)
+    labels = splits["validation"].labels
+    right, wrong = np.eye(100)[labels], np.eye(100)[(labels + 1) % 100]
+    folder = tmp_path / "runs" / SCRIPT
+    for name, probabilities in (("baseline", right), ("other", 0.6 * wrong + 0.4 * right), ("third", wrong)):
+        path = script.probabilities_path(folder, name, 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, probabilities)
+    monkeypatch.setattr(
+        plan, "ENSEMBLES", {"two": [("baseline", 0), ("other", 0)], "all": [("other", 0), ("third", 0)]}
+    )
+    monkeypatch.setattr(plan, "planned_runs", lambda seed: [{"name": name, "seed": 0} for name in plan.ENSEMBLES])
+    script.main(["--experiments", "--sample", "--output-dir", str(tmp_path)])
+    table = script.results.read_table(script.results.table_path(tmp_path, SCRIPT), numbers=("validation_accuracy",))
+    assert table["validation_accuracy"].tolist() == [1.0, 0.0]
+    assert table["changes"].tolist() == ["baseline 0, other 0", "other 0, third 0"]
+
+
+def test_plan_compares_experiments_that_are_planned():
+    plan = script.results.optional_module("experiments", SCRIPT)
+    planned = [tuple(run.values()) for run in plan.planned_runs(0)]
+    assert len(planned) == len(set(planned))
+    names = {name for name, _ in planned}
+    assert all(set(members) <= names for members in plan.COMPARISONS.values())
+    for members in plan.ENSEMBLES.values():
+        assert {(name, seed + offset) for name, seed in members for offset in range(plan.NUM_SEEDS)} <= set(planned)
+    for name, changes in plan.EXPERIMENTS.items():
+        dataclasses.replace(script.VggConfig() if name in plan.VGG else script.Config(), **changes)
 
 
 def test_views_are_the_image_its_mirror_image_and_shifted_copies():
@@ -281,5 +340,11 @@ def test_trained_network_is_restored_with_the_same_metrics(tmp_path):
     assert done.returncode == 0
     assert "DIFFERS" not in done.stdout
     rows = json.loads((tmp_path / "runs" / SCRIPT / "verification.json").read_text())["rows"]
-    assert [row["metric"] for row in rows] == ["accuracy", "top_5_accuracy", "log_loss", "augmented_accuracy"]
+    assert [row["metric"] for row in rows] == [
+        "accuracy",
+        "top_5_accuracy",
+        "log_loss",
+        "calibration_error",
+        "augmented_accuracy",
+    ]
     assert all(row["agrees"] for row in rows)

@@ -1,0 +1,182 @@
+"""The planned comparisons of cifar100_generator.py: what is each choice worth, and how should images be generated?
+
+Training: one change at a time from a baseline with a short budget, judged by the loss on held-out images. The baseline
+runs with five seeds, whose standard deviation is the noise; a variant is compared with it on two seeds that both have.
+Sampling: average and guidance of a finished network are chosen by FID (768-d) to held-out images.
+
+`task` is the module of the script, whose functions train and measure.
+"""
+
+import csv
+import dataclasses
+import io
+import math
+import statistics
+
+import numpy as np
+
+NUM_SEEDS, VARIANT_SEEDS = 5, 2  # of the baseline, and of each variant
+BASELINE = {
+    "patch": 2,
+    "widths": (56, 80, 104),
+    "blocks": (1, 1, 1),
+    "attention": 8,
+    "embedding": 64,
+    "target": "edm",
+    "noise_mean": -1.2,
+    "noise_deviation": 1.2,
+    "stratified": True,
+    "label_dropout": 0.1,
+    "steps": 2000,
+    "batch_size": 64,
+    "learning_rate": 1e-3,
+    "averages": (0.99, 0.995, 0.998),  # shorter, as there are few steps
+    "dtype": "float32",
+}
+VARIANTS = {
+    "patch 1": {"patch": 1},
+    "widths 64 72 96": {"widths": (64, 72, 96)},
+    "widths 48 72 96, two blocks first": {"widths": (48, 72, 96), "blocks": (2, 1, 1)},
+    "no attention": {"attention": 0},
+    "velocity": {"target": "velocity"},
+    "velocity, noise levels about 1": {"target": "velocity", "noise_mean": 0.0, "noise_deviation": 1.0},
+    "independent noise levels": {"stratified": False},
+    "no label dropout": {"label_dropout": 0.0},
+    "label dropout 20 %": {"label_dropout": 0.2},
+    "learning rate 0.0005": {"learning_rate": 5e-4},
+    "learning rate 0.002": {"learning_rate": 2e-3},
+    "bfloat16 convolutions": {"dtype": "bfloat16"},
+}
+NUM_SAMPLES = 1000  # that averages, guidance and steps are compared with, against all held-out images
+GUIDANCE = (1.0, 1.2, 1.4, 1.6, 1.8, 2.2)
+STEPS = (5, 9, 12, 18, 36)
+EVERYWHERE = {"low": 0.0, "high": 100.0}  # guidance at all noise levels
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def read_rows(text):
+    """Returns the rows (list of dict of str) of a table; raises ValueError where a column or a number is missing."""
+    rows = list(csv.DictReader(io.StringIO(text), strict=True))
+    for row in rows:
+        if not {"name", *BASELINE} <= row.keys() or None in row or None in row.values():
+            raise ValueError("its columns are not those of this version")
+        if not all(math.isfinite(float(row[column])) for column in ("seed", "steps", "parameters", "valid_loss")):
+            raise ValueError("it has numbers that are not finite")
+    return rows
+
+
+def with_row(text, row):
+    """Returns a table (str) with one more row."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*read_rows(text), row])
+    return table.getvalue()
+
+
+def unfinished(text, seed):
+    """Returns (name, seed, fields of the config) of the planned runs that a table has no row of."""
+    planned = [("baseline", seed + number, BASELINE) for number in range(NUM_SEEDS)]
+    for name, change in VARIANTS.items():
+        planned += [(name, seed + number, BASELINE | change) for number in range(VARIANT_SEEDS)]
+    finished = {(row["name"], int(row["seed"])) for row in read_rows(text)}
+    return [run for run in planned if run[:2] not in finished]
+
+
+def run(task, arguments):
+    """Trains every planned configuration that the table has no row of, and measures it on the held-out images."""
+    table = arguments.output_dir / "report" / "results" / f"{task.SCRIPT}_experiments.csv"
+    task.compared_experiments(arguments.output_dir)  # raises an error where the table is damaged
+    splits, _ = task.load_data(arguments.data_dir, arguments.quick, arguments.sample)
+    left = unfinished(read_text(table), arguments.seed)
+    for number, (name, seed, fields) in enumerate(left[: 2 if arguments.quick else None]):
+        print(f"{len(left) - number} runs left: {name}, seed {seed}")
+        config = task.with_flags(task.Config(**fields), arguments, splits)
+        folder = arguments.output_dir / "runs" / task.SCRIPT / "experiment"
+        trained = task.train_network(config, splits, seed, name=name, folder=folder, resume=False)
+        averages, curves, seconds = trained
+        losses = [task.denoising_loss(average, splits["valid"], config) for average in averages]
+        row = {"name": name, "seed": seed, **dataclasses.asdict(config), "parameters": task.budget(config)[0]}
+        row |= {"seconds": round(seconds, 1), "loss": round(curves["loss"][-1], 5), "valid_loss": round(min(losses), 5)}
+        # Read again, as another process may have added rows.
+        task.write_file(table, with_row(read_text(table), row).encode())
+    print(summary(task.compared_experiments(arguments.output_dir)), f"finished runs are in {table}", sep="\n")
+
+
+def read_text(path):
+    return path.read_text("utf-8") if path.exists() else ""
+
+
+def compare(text):
+    """Compares every experiment with the baseline.
+
+    Returns a dict from name to parameters, valid_loss (mean), values (one per seed), difference (mean over the seeds
+    that both have), noise (standard deviation of the baseline) and resolved (whether the difference exceeds twice the
+    noise of such a mean); None where that cannot be said yet.
+    """
+    runs, compared = {}, {}
+    for row in read_rows(text):
+        runs.setdefault(row["name"], {})[row["seed"]] = row
+    baseline = runs.get("baseline", {})
+    reference = [float(row["valid_loss"]) for row in baseline.values()]
+    noise = statistics.stdev(reference) if len(reference) > 1 else None
+    for name, own in runs.items():
+        differences = [float(own[s]["valid_loss"]) - float(baseline[s]["valid_loss"]) for s in own if s in baseline]
+        difference = statistics.fmean(differences) if differences else None
+        known = differences and noise is not None
+        values = [float(row["valid_loss"]) for row in own.values()]
+        compared[name] = {
+            "parameters": int(next(iter(own.values()))["parameters"]),
+            "valid_loss": statistics.fmean(values),
+            "values": values,
+            "difference": difference,
+            "noise": noise,
+            "resolved": abs(difference) > 2 * noise * math.sqrt(2 / len(differences)) if known else None,
+        }
+    return compared
+
+
+def summary(compared):
+    """Returns a table (str) of what `compare` returned."""
+    lines = [f"\n{'experiment':36} seeds  held-out loss  difference from the baseline"]
+    for name, found in compared.items():
+        lines.append(f"{name:36} {len(found['values']):5}  {found['valid_loss']:13.4f}")
+        if found["difference"] is not None and name != "baseline":
+            lines[-1] += f"  {found['difference']:+10.4f}" + ("" if found["resolved"] else "  not resolved")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+def choose(task, averages, config, compare, folder):
+    """Chooses average and guidance, one after the other; measures steps and snapshots of the training run beside them.
+
+    Args:
+        averages: tuple of averaged weights, one for each of `config.averages`.
+        compare: function from images and "valid" to metrics, a dict with `fid_768`.
+        folder: of the training run, with its snapshots.
+
+    Returns the chosen weights, the `Sampling`, and all that was measured: list of dict.
+    """
+    rows, usual = [], task.Sampling()
+
+    def fid(varied, number, sampling, step=config.steps):
+        parameters = averages[number]
+        if step < config.steps:
+            path = folder / f"snapshot_{step:05}.npz"
+            with task.reading(path, "start over without --resume"), np.load(path) as file:
+                parameters = {name: file[f"{number} {name}"] for name in parameters}
+        row = {"varied": varied, "average": config.averages[number], "step": step, **dataclasses.asdict(sampling)}
+        images = task.balanced_samples((parameters, config, sampling), NUM_SAMPLES, task.DATA_SEED)
+        rows.append(row | compare(images, "valid"))
+        print(", ".join(f"{key} {value:.5g}" for key, value in rows[-1].items() if key != "varied"))
+        return rows[-1]["fid_768"]
+
+    number = min(range(len(averages)), key=lambda n: fid("average", n, usual))
+    options = [dataclasses.replace(usual, guidance=guidance) for guidance in GUIDANCE]
+    chosen = min(options, key=lambda sampling: fid("guidance", number, sampling))
+    fid("interval", number, dataclasses.replace(chosen, **EVERYWHERE))
+    for steps in STEPS:
+        fid("steps", number, dataclasses.replace(chosen, steps=steps))
+    for step in range(task.SNAPSHOT_STEPS, config.steps + 1, task.SNAPSHOT_STEPS):
+        fid("training", number, chosen, step)
+    return averages[number], chosen, rows

@@ -1,0 +1,281 @@
+"""The figures of cifar100_generator.py: what they alone need is selected and arranged here, all else is handed in."""
+
+import dataclasses
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import NullFormatter, NullLocator
+
+from common import figures
+
+NUM_CLASSES = 100
+SHOWN, PAIRS, BETWEEN, NEIGHBOURS = 64, 8, 9, 16  # unselected samples; interpolated pairs, images between; neighbours
+FID = "FID (768-d) to held-out images"
+
+
+def draw(compared, splits, shown, noise, classifier, folder):
+    """Draws every figure into `folder` and returns their paths.
+
+    Args:
+        compared: dict, what `compare` in experiments/ returned; may be empty.
+        splits: dict of `Split`, of which "train" and "valid" are shown.
+        shown: dict from network to its card and a function from noise and class weights to images.
+        noise: standard normal noise (n, 32, 32, 3) and classes (n,), of at least 64 + 100 images.
+        classifier: function from images to features and class probabilities, or None.
+    """
+    written, (noise, labels) = [], noise
+    for model, (card, generate) in shown.items():
+        one_hot = np.eye(NUM_CLASSES + 1, dtype="float32")
+        between, conditions = interpolations(noise, one_hot[labels])
+        of_classes = noise[SHOWN : SHOWN + NUM_CLASSES]
+        inputs = [noise[:SHOWN], of_classes, between], [one_hot[labels[:SHOWN]], one_hot[:NUM_CLASSES], conditions]
+        images = generate(*(np.concatenate(parts) for parts in inputs))  # at once, as batches have a fixed size
+        batch, classes, between = np.split(images, [SHOWN, SHOWN + NUM_CLASSES])
+        written += [
+            draw_architecture(card, folder / f"architecture_{model}.png"),
+            draw_curves(card, folder / f"curves_{model}.png"),
+            draw_samples(batch, splits["valid"].images, folder / f"samples_{model}.png"),
+            draw_classes(classes, card["class_names"], folder / f"classes_{model}.png"),
+            draw_interpolations(between, folder / f"interpolations_{model}.png"),
+            draw_neighbours(batch, splits["train"].images, classifier, folder / f"nearest_{model}.png"),
+        ]
+        if card["choices"]:
+            written.append(draw_choices(card["choices"], folder / f"choices_{model}.png"))
+    cards = {model: card for model, (card, _) in shown.items()}
+    if any(card["scale"] for card in cards.values()):
+        written.append(draw_scale(cards, folder / "scale.png"))
+    if compared:
+        written.append(draw_experiments(compared, folder / "experiments.png"))
+    return written
+
+
+def interpolations(noise, conditions):
+    """Returns noise and class weights between image i and image i + 8 of a batch: 8 rows of 9 images.
+
+    The noise is interpolated on the sphere (Song, Meng & Ermon 2021, appendix D.5), the class weights linearly.
+    """
+    noises, weights = [], []
+    for first, second in zip(range(PAIRS), range(PAIRS, 2 * PAIRS), strict=True):
+        a, b = noise[first], noise[second]
+        angle = np.arccos(np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+        for share in np.linspace(0, 1, BETWEEN):
+            noises.append((np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle))
+            weights.append((1 - share) * conditions[first] + share * conditions[second])
+    return np.array(noises, "float32"), np.array(weights, "float32")
+
+
+def tiled(images, columns):
+    """Returns images (n, height, width, 3) as one image, row by row, with white lines between them."""
+    images = np.concatenate([images, np.full((-len(images) % columns, *images.shape[1:]), 255, "uint8")])
+    framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    height, width = framed.shape[1:3]
+    rows = framed.reshape(-1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(-1, columns * width, 3)
+
+
+def run(task, arguments):
+    """Generates the images that the command line asks for, of random classes where it names none, and writes them.
+
+    The `.npz` holds `images` uint8 (n, 32, 32, 3), `label` (n,), index into `class_names`, and these. `task` is the
+    module of the script.
+    """
+    network, card = task.load_network(arguments.folder / f"{arguments.models[0]}.npz")
+    names, chosen, folder = card["class_names"], arguments.class_name, arguments.export
+    if chosen and chosen not in names:
+        raise task.UserError(f"there is no class {chosen}; choose one of {', '.join(names)}")
+    changed = {name: getattr(arguments, name) for name in ("steps", "guidance") if getattr(arguments, name) is not None}
+    network[2] = dataclasses.replace(network[2], **changed)
+    noise, labels = task.draw_noise(arguments.samples or SHOWN, arguments.seed)
+    labels = np.full_like(labels, names.index(chosen)) if chosen else labels
+    images = task.sample(*network, noise, task.ONE_HOT[labels], "samples")
+    path = arguments.output_dir / "runs" / task.SCRIPT / f"{card['model']}_{chosen or 'all'}_seed_{arguments.seed}.npz"
+    written = [task.write_file(path, {"images": images, "label": labels, "class_names": names})]
+    written.append(write_image(images, path.with_suffix(".png"), 2))
+    for number, image in enumerate(images if folder else ()):
+        write_image(image[None], folder / f"{number:05}.png")
+    print("wrote", *written, *([f"{len(images):,} PNG files in {folder}"] if folder else []), sep="\n  ")
+
+
+def write_image(images, path, scale=1):
+    """Writes images as one PNG file, a square grid of them enlarged by `scale`, or a single one. Returns `path`."""
+    grid = images[0] if len(images) == 1 else tiled(images, int(np.ceil(np.sqrt(len(images)))))
+    with figures.replacing(path) as temporary:
+        plt.imsave(temporary, grid.repeat(scale, axis=0).repeat(scale, axis=1))
+    return path
+
+
+def show(axes, images, columns, title):
+    """Shows images as one grid; faster than an axes for each."""
+    figures.show_image(axes, tiled(images, columns))
+    axes.set_title(title)
+
+
+def draw_samples(images, real, path):
+    """The unselected batch beside real images that were held out."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.3))
+    show(left, images, 8, f"The first {len(images)} samples, unselected, of random classes")
+    show(right, real[: len(images)], 8, f"The first {len(images)} held-out images")
+    return figures.save(figure, path)
+
+
+def draw_classes(images, names, path):
+    """One sample of every class, with its name."""
+    titles = [name.replace("_", " ") for name in names]
+    title = "The first sample of each of the 100 classes, unselected"
+    return figures.save(figures.image_grid(images, 10, titles, title=title), path)
+
+
+def draw_interpolations(images, path):
+    """Interpolations of latent noise and class, beside pixelwise blends of their ends."""
+    rows = images.reshape(PAIRS, BETWEEN, *images.shape[1:])
+    share = np.linspace(0, 1, BETWEEN)[:, None, None, None]
+    blends = np.rint((1 - share) * rows[:, :1] + share * rows[:, -1:]).astype("uint8")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8))
+    show(left, images, BETWEEN, "Interpolation of noise and class: every image is sampled")
+    show(right, blends.reshape(images.shape), BETWEEN, "For comparison: the same ends, blended pixel by pixel")
+    return figures.save(figure, path)
+
+
+def nearest(vectors, others):
+    """Returns the index of the row of `others` (m, k) that each row of `vectors` (n, k) is nearest to."""
+    vectors, squares = vectors.astype("float32"), []
+    for start in range(0, len(others), 5000):
+        part = others[start : start + 5000].astype("float32")
+        squares.append(np.square(part).sum(axis=1) - 2 * vectors @ part.T)
+    return np.concatenate(squares, axis=1).argmin(axis=1)
+
+
+def draw_neighbours(images, training, classifier, path):
+    """Samples above the training images they are most like, in pixels and in features of the classifier."""
+    images, names = images[:NEIGHBOURS], ["sample", "nearest training image, pixels"]
+    rows = [images, training[nearest(images.reshape(len(images), -1), training.reshape(len(training), -1))]]
+    if classifier:
+        names.append("nearest training image, features")
+        rows.append(training[nearest(classifier(images)[0], classifier(training)[0])])
+    figure, axes = plt.subplots(figsize=(10, 0.55 * len(rows) + 0.6))
+    title = f"The first {NEIGHBOURS} samples and the training images that are most like them"
+    show(axes, np.concatenate(rows), NEIGHBOURS, title)
+    height = images.shape[1] + 2
+    for number, name in enumerate(names):
+        axes.text(-6, (number + 0.5) * height, name, ha="right", va="center", fontsize=9)
+    return figures.save(figure, path)
+
+
+def draw_curves(card, path):
+    """Loss over the optimisation steps, and FID where it was measured."""
+    curves, over_time = card["curves"], [row for row in card["choices"] if row["varied"] == "training"]
+    figure, panels = plt.subplots(1, 2 if over_time else 1, figsize=(11 if over_time else 7, 4), squeeze=False)
+    left = panels[0, 0]
+    left.plot(curves["step"], curves["train_loss"], "--", color=figures.BLUE, label="training")
+    left.plot(curves["step"], curves["valid_loss"], color=figures.ORANGE, label="held out")
+    left.set(xlabel="optimisation step", ylabel="weighted squared error of denoised images")
+    # The first points, where the average is still young, would shrink the rest to one line.
+    late = np.concatenate([curves[name][len(curves["step"]) // 20 :] for name in ("train_loss", "valid_loss")])
+    left.set_ylim(late.min() - 0.1 * np.ptp(late) - 1e-3, late.max() + 0.1 * np.ptp(late) + 1e-3)
+    left.legend(loc="upper right")
+    left.set_title(f"Averaged weights (momentum {card['config']['averages'][0]:g}), fixed noise")
+    if over_time:
+        right = panels[0, 1]
+        right.plot([row["step"] for row in over_time], [row["fid_768"] for row in over_time], "o-", color=figures.BLUE)
+        right.set(xlabel="optimisation step", ylabel=FID, ylim=(0, None))
+        right.set_title("FID over training, 1,000 samples each")
+    return figures.save(figure, path)
+
+
+def draw_choices(choices, path):
+    """FID against averaging, guidance and steps of the sampler."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
+    texts = {
+        "average": ("half-life of the average in steps", "Averaging of the weights"),
+        "guidance": ("guidance", "Guidance"),
+        "steps": ("steps of the sampler", "Steps"),
+    }
+    for panel, (varied, (label, title)) in zip(panels, texts.items(), strict=True):
+        rows = [row for row in choices if row["varied"] == varied]
+        places = [np.log(0.5) / np.log(row["average"]) if varied == "average" else row[varied] for row in rows]
+        label_of_levels = f"at noise levels {rows[0]['low']:g} to {rows[0]['high']:g}"
+        panel.plot(places, [row["fid_768"] for row in rows], "o-", color=figures.BLUE, label=label_of_levels)
+        if varied != "guidance":
+            panel.set_xscale("log")
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.set_xticks(places, [f"{place:.0f}" for place in places])
+        panel.set(xlabel=label, title=title)
+    everywhere = [row for row in choices if row["varied"] == "interval"]
+    points = [row["guidance"] for row in everywhere], [row["fid_768"] for row in everywhere]
+    panels[1].plot(*points, "s", color=figures.ORANGE, label="at all noise levels")
+    panels[1].legend(title="guidance applied", loc="best")
+    panels[0].set_ylabel(FID)
+    return figures.save(figure, path)
+
+
+def draw_scale(cards, path):
+    """FID of the samples beside that of images that are not generated."""
+    values = {}
+    for model, card in cards.items():
+        if card["scale"]:
+            values = card["scale"] | values | {f"samples, {model} network": card["metrics"]["test"]["fid_768"]}
+    values = dict(sorted(values.items(), key=lambda item: item[1]))
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(values) + 1.1))
+    colors = [figures.ORANGE if name.startswith("samples") else figures.BLUE for name in values]
+    axes.barh(range(len(values)), list(values.values()), color=colors)
+    for place, value in enumerate(values.values()):
+        axes.text(value, place, f" {value:.3f}", va="center")
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set(ylim=(len(values) - 0.4, -0.6), xscale="log", xlabel="FID (768-d) to the 10,000 test images (log scale)")
+    axes.set_xlim(min(values.values()) / 1.5, max(values.values()) * 2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    axes.set_title("Samples (orange) on the scale of images that are not generated")
+    return figures.save(figure, path)
+
+
+def draw_architecture(card, path):
+    """The U-Net: blocks of each resolution, skip connections, and where noise level and class enter."""
+    config, count = card["config"], card["parameters"]["trainable"]
+    widths, blocks, last = config["widths"], config["blocks"], len(config["widths"]) - 1
+    figure, axes = plt.subplots(figsize=(10, 4.6))
+
+    def box(x, y, text, color=figures.BLUE):
+        frame = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": color, "linewidth": 1.5}
+        axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame)
+
+    def connect(start, end, text="", shift=(0, 0)):
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": figures.GREY}, zorder=0)
+        middle = [(a + b) / 2 + more for a, b, more in zip(start, end, shift, strict=True)]
+        axes.text(*middle, text, ha="center", va="center", fontsize=8, color=figures.GREY)
+
+    side, edge = 32 // config["patch"], last + 0.9
+    for level, (width, number) in enumerate(zip(widths, blocks, strict=True)):
+        size, x, y = side // 2**level, edge - level, -1.35 * level
+        text = f"{size} × {size} × {width}\n{number} residual block{'s' if number > 1 else ''}"
+        text += "\nself-attention" if size == config["attention"] else ""
+        box(-x, y, text)
+        box(x, y, text)
+        skip = "skip connections: 1 × 1 convolution, added" if not level else ""
+        connect((-x + 0.45, y), (x - 0.45, y), skip, (0, 0.14))
+        if level < last:
+            connect((-x, y - 0.35), (-x + 1, y - 1), "2 × 2 convolution,\nstride 2", (-0.75, 0))
+            connect((x - 1, y - 1), (x, y - 0.35), "1 × 1 convolution,\nnearest neighbour", (0.75, 0))
+    box(-edge, 1.4, "noisy image, 32 × 32 × 3", figures.GREEN)
+    box(edge, 1.4, "denoised image, 32 × 32 × 3", figures.RED)
+    box(0, 1.4, "noise level (sines) and class (embedding):\nscale and shift in every block", figures.ORANGE)
+    squares = "2 × 2 pixels become channels,\n" if config["patch"] == 2 else ""
+    connect((-edge, 1.2), (-edge, 0.35), f"{squares}3 × 3 convolution", (-0.8, 0))
+    back = "3 × 3 convolution" + (",\nchannels become 2 × 2 pixels" if squares else "")
+    connect((edge, 0.35), (edge, 1.2), back, (0.8, 0))
+    axes.set(xlim=(-edge - 1.5, edge + 1.5), ylim=(-1.35 * last - 0.6, 1.9))
+    axes.set_axis_off()
+    axes.set_title(f"The {card['model']} network: a U-Net with {count:,} parameters")
+    return figures.save(figure, path)
+
+
+def draw_experiments(compared, path):
+    """Held-out loss of every variant of the training."""
+    figure, axes = plt.subplots(figsize=(9, 0.33 * len(compared) + 1.3))
+    values = {name: found["values"] for name, found in compared.items()}
+    noise = compared["baseline"]["noise"] if "baseline" in compared else None
+    figures.experiments(axes, values, "baseline", "weighted squared error of denoised held-out images", noise)
+    axes.set_title("Lower is better. One point per seed; shaded: standard deviation of the baseline")
+    return figures.save(figure, path)
