@@ -28,6 +28,7 @@ OWN = {  # the questions of the assignment
     "no normalisation": {"batch_norm": False},
     "no label smoothing": {"label_smoothing": 0.0},
     "plateau schedule": {"schedule": "plateau"},
+    "AdamW, twice the rate": {"learning_rate": 4e-3},
     "SGD with momentum": {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 5e-3},
     "Muon": {"optimizer": "muon", "learning_rate": 0.1},
     "dropout": {"dropout": 0.3},
@@ -38,6 +39,7 @@ OWN = {  # the questions of the assignment
 MUON = {"optimizer": "muon", "learning_rate": 0.1}
 FAST = {  # what is known to pay in short training runs, with the optimiser that pays most
     "Muon, twice the rate": {**MUON, "learning_rate": 0.2},
+    "Muon, four times the rate": {**MUON, "learning_rate": 0.4},
     "Muon, batches of 256": {**MUON, "batch_size": 256},
     "Muon, averaged weights": {**MUON, "averaging": 0.98},
     "Muon, whitening": {**MUON, "whitening": True},
