@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
@@ -145,7 +146,9 @@ cli.run(main)
 def test_ctrl_c_while_keras_is_imported_is_one_line():
     running = process("print('ready', flush=True)\nfrom common import startup", KERAS_BACKEND="tensorflow")
     assert running.stdout.readline() == "ready\n"
-    time.sleep(0.5)
+    loaded = Path(f"/proc/{running.pid}/maps")
+    while loaded.exists() and "libtensorflow" not in loaded.read_text():  # however busy the machine is
+        time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
