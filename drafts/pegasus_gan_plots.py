@@ -1,0 +1,303 @@
+"""The figures of pegasus_gan.py. Each function draws what it is handed, and returns the path of the file."""
+
+import textwrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import FancyArrowPatch
+from scipy import ndimage
+
+from common import figures
+
+WAYS = {
+    "blend": "Blend",
+    "composition": "Composition in space",
+    "collage": "Collage of generated images",
+    "collage_real": "Collage of real images",
+}
+
+
+def tiles(images):
+    """Returns one image of `images` (rows, columns, height, width, 3) with white lines between them."""
+    framed = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    rows, columns, height, width, _ = framed.shape
+    return framed.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+
+
+def grid(axes, images, rows=None, columns=None, title=None):
+    """Shows `images` (rows, columns, height, width, 3) with names of rows and columns."""
+    shown = tiles(images)
+    axes.imshow(shown, interpolation="nearest")
+    height, width = shown.shape[0] / len(images), shown.shape[1] / images.shape[1]
+    axes.set_yticks((np.arange(len(images)) + 0.5) * height if rows else [], rows)
+    axes.set_xticks((np.arange(images.shape[1]) + 0.5) * width if columns else [], columns)
+    axes.tick_params(length=0, labelsize=9, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    axes.set_title(title)
+
+
+def square(images, columns=8):
+    """Returns as many whole rows of `images` as there are, (rows, columns, ...)."""
+    columns = min(columns, len(images))
+    return images[: len(images) // columns * columns].reshape(-1, columns, *images.shape[1:])
+
+
+def draw_pegasus(images, chosen, path):
+    """The best candidate of the way `chosen` as it is and enlarged smoothly, and small the best of every way."""
+    mosaic = [["pixels", "smooth", way] for way in images]
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(10, 5.1), width_ratios=[4, 4, 1])
+    # Enlarged 12 times, pixel by pixel.
+    axes["pixels"].imshow(images[chosen].repeat(12, axis=0).repeat(12, axis=1), interpolation="nearest")
+    axes["pixels"].set_title(f"Best of all by judge A: {WAYS[chosen].lower()}")
+    axes["smooth"].imshow(images[chosen], interpolation="lanczos")
+    axes["smooth"].set_title("The same, enlarged smoothly")
+    for way, image in images.items():
+        axes[way].imshow(image, interpolation="nearest")
+        axes[way].set_title(textwrap.fill(WAYS[way], 14), fontsize=8)
+    for panel in axes.values():
+        panel.set_axis_off()
+    return figures.save(figure, path)
+
+
+def draw_unselected(images, way, path):
+    """The first batch of one way, unselected."""
+    figure, axes = plt.subplots(figsize=(6, 6.3))
+    grid(axes, square(images), title=f"{WAYS[way]}: the first {len(images)}, unselected")
+    return figures.save(figure, path)
+
+
+def draw_way(stages, results, path, rows=4, columns=8):
+    """Estimates of the clean image on the way from noise to Pegasus, with the outline of the mask.
+
+    `stages` is a list of (time, images, masks), first to last, and `results` are the images at the end.
+    """
+    chosen = np.unique(np.linspace(0, len(stages) - 1, columns).round().astype(int))
+    rows, scale = min(rows, len(results)), 6
+    shown = np.stack([stages[number][1][:rows] for number in chosen] + [results[:rows]], axis=1)
+    figure, axes = plt.subplots(figsize=(10, 0.6 + 9.6 * rows / (len(chosen) + 1)))
+    names = [f"time {stages[number][0]:.2f}" for number in chosen] + ["result"]
+    grid(axes, shown.repeat(scale, axis=2).repeat(scale, axis=3), columns=names)
+    side = shown.shape[2] * scale + 2
+    for column, number in enumerate(chosen):
+        for row in range(rows):
+            mask = ndimage.zoom(stages[number][2][row], scale, order=1)
+            if mask.max() > 0.5:
+                places = np.arange(len(mask)) + 1
+                axes.contour(places + column * side, places + row * side, mask, [0.5], colors=figures.ORANGE)
+    axes.set_title("From noise to Pegasus: estimates of the image; outlined is where the guidance is that of the wings")
+    return figures.save(figure, path)
+
+
+def draw_collages(collages, masks, images, path, columns=10):
+    """Raw collages, where their wings are, and what denoising makes of them."""
+    count = min(columns, len(images))
+    painted = collages[:count].astype("float32")
+    color = np.array([int(figures.ORANGE[place : place + 2], 16) for place in (1, 3, 5)])
+    painted += 0.6 * masks[:count, ..., None] * (color - painted)
+    figure, axes = plt.subplots(figsize=(10, 3.5))
+    rows = ["raw collage", "mask of the wings", "denoised"]
+    shown = np.stack([collages[:count], painted.astype("uint8"), images[:count]])
+    grid(axes, shown, rows, title=f"The first {count} collages of generated horses and wings, unselected")
+    return figures.save(figure, path)
+
+
+def draw_nearest(images, nearest, path, count=8):
+    """The first images of each way above their nearest training images, by the features of judge B."""
+    figure, panels = plt.subplots(2, 2, figsize=(10, 4.2))
+    for axes, (way, (distances, neighbours)) in zip(panels.flat, nearest.items(), strict=True):
+        shown = np.stack([images[way][:count], neighbours[:count]])
+        grid(axes, shown, columns=[f"{distance:.2f}" for distance in distances[:count]], title=WAYS[way])
+    figure.suptitle(
+        "Winged horses above their nearest training images, with the distance in the features of judge B",
+        x=0.01,
+        ha="left",
+    )
+    return figures.save(figure, path)
+
+
+def draw_scores(scores, path):
+    """Distribution of the score of judge B for every set of images: one point per image, and the median."""
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(scores) + 0.9))
+    for place, (name, values) in enumerate(scores.items()):
+        way, _, pasted = name.partition(",")
+        color = figures.GREY if way not in WAYS else figures.ORANGE if pasted else figures.BLUE
+        shown = values[:1000]
+        height = place + np.random.default_rng(0).uniform(-0.3, 0.3, len(shown))
+        axes.scatter(shown, height, s=4, color=color, alpha=0.5, linewidths=0)
+        axes.plot([np.median(values)] * 2, [place - 0.4, place + 0.4], color=figures.BLACK)
+    names = [
+        WAYS[name] if name in WAYS else f"{WAYS[name.split(',')[0]]}, raw" if "," in name else f"real: {name}"
+        for name in scores
+    ]
+    names = ["pixel averages of horse and bird" if "pixel" in name else name for name in names]
+    axes.set_yticks(range(len(scores)), names)
+    label = r"score of judge B: $\sqrt{p(\mathrm{horse}) \cdot \max(p(\mathrm{bird}), p(\mathrm{airplane}))}$"
+    axes.set(xlim=(-0.02, 1.02), ylim=(len(scores) - 0.5, -0.5), xlabel=label)
+    axes.set_title("How much horse and wings images show; the bar is the median")
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    return figures.save(figure, path)
+
+
+def draw_samples(images, classes, path):
+    """Real images and samples of both generators, ten classes with the same number of images each."""
+    figure, panels = plt.subplots(1, len(images), figsize=(10, 4.6))
+    for number, (axes, (name, shown)) in enumerate(zip(panels, images.items(), strict=True)):
+        per_class = len(shown) // len(classes)
+        rows = list(classes) if number == 0 else None
+        title = "Training images" if number == 0 else f"{name[0].upper()}{name[1:]}, unselected"
+        grid(axes, shown.reshape(len(classes), per_class, *shown.shape[1:]), rows, title=title)
+    return figures.save(figure, path)
+
+
+def draw_learning_curves(curves, path):
+    """Learning curves of the four networks: dict from name to dict from metric to one value per epoch."""
+    figure, panels = plt.subplots(2, 2, figsize=(10, 6.4))
+    losses = {"diffusion": "mean squared error of the velocity", "gan": "hinge loss"}
+    titles = {"judge_a": "Judge A", "judge_b": "Judge B", "diffusion": "Diffusion network", "gan": "GAN"}
+    for axes, (name, values) in zip(panels.flat, curves.items(), strict=True):
+        if name == "gan":
+            pair, labels = (values["generator_loss"], values["discriminator_loss"]), ("generator", "discriminator")
+        else:
+            validation = "validation (solid),\nweights not averaged" if name == "diffusion" else "validation (solid)"
+            pair, labels = (values["loss"], values["val_loss"]), ("training (dashed)", validation)
+        figures.learning_curves(axes, pair, labels)
+        if name == "gan":
+            for line, color in zip(axes.get_lines(), (figures.BLUE, figures.RED), strict=True):
+                line.set(color=color, linestyle="-")
+        axes.set(title=titles[name], ylabel=losses.get(name, "binary cross-entropy"))
+        figures.label_lines(axes)
+    return figures.save(figure, path)
+
+
+def draw_interpolation(images, strengths, path):
+    """The same noise with wings of growing strength: images (rows, columns, height, width, 3)."""
+    figure, axes = plt.subplots(figsize=(9, 0.5 + 8.6 * images.shape[0] / images.shape[1]))
+    columns = [f"{strength:.2g}" for strength in strengths]
+    grid(
+        axes,
+        images,
+        columns=columns,
+        title="From horse to Pegasus: the mask of the wings multiplied by the number above",
+    )
+    return figures.save(figure, path)
+
+
+def draw_experiments(table, path):
+    """Scores of judge A, rows of the experiment table: one setting changed at a time, one point per seed."""
+    ways = [way for way in ("composition", "collage") if (table["way"] == way).any()]
+    counts = [table[table["way"] == way]["name"].nunique() for way in ways]
+    figure, panels = plt.subplots(
+        len(ways), 1, figsize=(8, 1.6 + 0.26 * sum(counts)), height_ratios=counts, sharex=True, squeeze=False
+    )
+    for axes, way in zip(panels[:, 0], ways, strict=True):
+        groups = table[table["way"] == way].groupby("name", sort=False)["score"]
+        values = {name.removeprefix("collage, "): points.tolist() for name, points in groups}
+        baseline = next(iter(values))
+        noise = np.std(values[baseline], ddof=1) if len(values[baseline]) > 1 else None
+        figures.experiments(axes, values, baseline, "mean score of judge A", noise)
+        axes.set_title(f"{WAYS[way].split(' of ')[0]}, one change at a time from the first row")
+    panels[0, 0].set_xlabel("" if len(ways) > 1 else "mean score of judge A")
+    return figures.save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------ architecture diagrams
+
+
+def box(axes, x, y, text, color=figures.BLUE):
+    frame = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": color, "linewidth": 1.5}
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame, zorder=2)
+
+
+def arrow(axes, start, end, text="", place=(0, 0.06), color=figures.GREY):
+    """An arrow between the centres of two boxes, drawn behind them, with a text beside its middle."""
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-", color=color, linewidth=1.3, zorder=0))
+    middle = [(a + b) / 2 for a, b in zip(start, end, strict=True)]
+    direction = {"arrowstyle": "-|>", "color": color, "linewidth": 0, "mutation_scale": 14}
+    nearer = [a + 0.56 * (b - a) for a, b in zip(start, end, strict=True)]
+    axes.annotate("", nearer, middle, arrowprops=direction, zorder=0)
+    if text:
+        x, y = (a + b for a, b in zip(middle, place, strict=True))
+        axes.text(x, y, text, ha="center", va="center", fontsize=8, color=figures.GREY, zorder=1)
+
+
+def draw_network(widths, patch, blocks, path):
+    """The U-Net of the diffusion model, and how two predictions are mixed by a mask."""
+    figure, axes = plt.subplots(figsize=(10, 5.8))
+    sides = [32 // patch // 2**level for level in range(len(widths))]
+    last, block = len(widths) - 1, "residual block" if blocks == 1 else f"{blocks} residual blocks"
+    edge = 2.1
+    for level, (side, filters) in enumerate(zip(sides, widths, strict=True)):
+        extra, y = "\nself-attention" if level == last else "", -1.5 * level
+        inner = edge if level < last else 1.55
+        for x in (-inner, inner):
+            box(axes, x, y, f"{side} × {side} × {filters}\n{block}{extra}")
+        if level < last:
+            arrow(axes, (-edge, y), (edge, y), "skip connections: concatenation", (0, 0.1))
+    for sign, text in ((-1, "average\npooling"), (1, "upsampling")):
+        ends = [(sign * edge, 0), (sign * 1.55, -1.5 * last)]
+        arrow(axes, *(ends if sign < 0 else ends[::-1]), text, (sign * 0.45, 0))
+    box(axes, 0, -1.5 * last, f"{sides[-1]} × {sides[-1]} × {widths[-1]}\nresidual block")
+    arrow(axes, (-1.55, -1.5 * last), (0, -1.5 * last))
+    arrow(axes, (0, -1.5 * last), (1.55, -1.5 * last))
+    box(axes, -edge, 1.5, "noisy image\n32 × 32 × 3", figures.GREEN)
+    box(axes, edge, 1.5, "velocity\n32 × 32 × 3", figures.RED)
+    arrow(axes, (-edge, 1.5), (-edge, 0), f"{patch} × {patch} pixels become\nchannels, convolution", (-0.72, 0))
+    arrow(axes, (edge, 0), (edge, 1.5), f"convolution, channels\nbecome {patch} × {patch} pixels", (0.72, 0))
+    text = "time (sines) and weights of the ten classes\n(times a matrix of embeddings): scale and\nshift of"
+    box(axes, 0, 1.5, f"{text} every filter in every residual block", figures.ORANGE)
+    arrow(axes, (0, 1.5), (0, 0.2), color=figures.ORANGE)
+    axes.set(xlim=(-edge - 1.2, edge + 1.2), ylim=(-1.5 * last - 0.7, 2.1))
+    axes.set_axis_off()
+    axes.set_title("The diffusion network: a U-Net of residual blocks, conditioned on time and any mixture of classes")
+    return figures.save(figure, path)
+
+
+def draw_gan(widths, discriminator_widths, path):
+    """Generator and projection discriminator of the GAN."""
+    figure, axes = plt.subplots(figsize=(10, 7.6))
+    steps = [
+        "4 × 4 × " + str(widths[0]) + "\ndense",
+        *(f"{8 * 2**level} × {8 * 2**level} × {filters}\nresidual block" for level, filters in enumerate(widths)),
+    ]
+    right = [
+        f"32 × 32 × {discriminator_widths[0] // 2}\nconvolution",
+        *(
+            f"{16 // 2**level} × {16 // 2**level} × {filters}\nresidual block"
+            for level, filters in enumerate(discriminator_widths)
+        ),
+    ]
+    height, left, beside = 1.3, -2.0, 2.0
+    box(axes, left, height, "noise and embedding\nof the classes", figures.GREEN)
+    box(axes, beside, height, "real or generated image\n32 × 32 × 3, augmented", figures.GREEN)
+    for number, text in enumerate(steps):
+        box(axes, left, -height * number, text)
+        label = "nearest upsampling" if number else ""
+        arrow(axes, (left, height * (1 - number)), (left, -height * number), label, (-0.62, 0))
+    for number, text in enumerate(right):
+        box(axes, beside, -height * number, text)
+        label = "average pooling" if number else ""
+        arrow(axes, (beside, height * (1 - number)), (beside, -height * number), label, (0.55, 0))
+    bottom = -height * len(steps)
+    box(axes, left, bottom, "generated image\n32 × 32 × 3", figures.RED)
+    arrow(axes, (left, bottom + height), (left, bottom), "convolution, tanh", (-0.6, 0))
+    box(
+        axes,
+        beside,
+        bottom,
+        "score: dense layer of the summed features\n+ their dot product with the class embedding",
+        figures.RED,
+    )
+    arrow(axes, (beside, bottom + height), (beside, bottom), "sum over\nspace", (0.4, 0))
+    text = "conditional batch\nnormalisation:\nscale and shift of\nevery filter"
+    box(axes, -0.35, -height * 1.5, text, figures.ORANGE)
+    for number in range(1, len(steps)):
+        arrow(axes, (-0.35, -height * 1.5), (left, -height * number), color=figures.ORANGE)
+    arrow(axes, (left, height), (-0.35, -height * 1.5), color=figures.ORANGE)
+    axes.text(left, height + 0.6, "Generator", ha="center", fontsize=11)
+    axes.text(beside, height + 0.6, "Discriminator, spectral norm of every kernel 1", ha="center", fontsize=11)
+    axes.set(xlim=(-3.4, 3.4), ylim=(bottom - 0.5, height + 0.85))
+    axes.set_axis_off()
+    axes.set_title("The GAN: both networks are conditioned on the weights of the ten classes")
+    return figures.save(figure, path)

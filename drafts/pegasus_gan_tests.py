@@ -1,0 +1,355 @@
+"""The script of the winged horses: data, networks, the three ways, evaluation, and its command line."""
+
+import dataclasses
+import functools
+import json
+
+import keras
+import numpy as np
+import pegasus_gan as script
+import pytest
+from conftest import QUICK_COMPILATION, REPOSITORY, run_elsewhere, run_script
+from keras import ops
+
+from common import diffusion, models
+from common.datasets import LabelledImages
+from experiments import pegasus_gan as plan
+
+GENERATOR = np.random.default_rng(0)
+TINY = script.Config(widths=(8, 8), blocks=1)
+SETTINGS = diffusion.Composition(steps=4)  # the back is looked for before the second step
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def test_splits_have_no_image_in_common():
+    splits, dataset = script.load_splits(None, sample=True)
+    assert [len(splits[part].images) for part in ("train", "validation", "test")] == [200, 50, 250]
+    images = [image.tobytes() for split in splits.values() for image in split.images]
+    assert len(set(images)) == 500
+    assert tuple(dataset.class_names) == script.CLASSES
+
+
+def test_some_classes_come_twice_as_often():
+    labels = np.arange(20) % 10
+    split = LabelledImages(np.zeros((20, 32, 32, 3), "uint8"), labels)
+    counts = script.examples(split, oversampled=True)["classes"].sum(axis=0)
+    names = np.array(script.CLASSES)
+    assert set(names[counts == 4]) == {"horse", "bird", "airplane", "deer"}
+    assert set(counts) == {2, 4}
+    assert script.examples(split)["classes"].argmax(1).tolist() == labels.tolist()
+
+
+def test_images_are_normalised_and_back():
+    images = GENERATOR.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(script.denormalize(ops.convert_to_numpy(script.normalize(images))), images)
+    assert script.denormalize([-9.0, 9.0]).tolist() == [0, 255]
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+
+
+def test_networks_are_small_enough_and_start_as_said():
+    network = script.build_network(script.CONFIGS["diffusion"])
+    assert models.parameter_counts(network)["trainable"] <= 4_000_000
+    config = script.CONFIGS["gan"]
+    generator, discriminator = script.build_generator(config), script.build_discriminator(config)
+    assert sum(models.parameter_counts(each)["trainable"] for each in (generator, discriminator)) <= 4_000_000
+    classes = script.one_hot([7, 2])
+    images = generator({"noise": np.zeros((2, config.noise), "float32"), "classes": classes})
+    assert images.shape == (2, 32, 32, 3)
+    assert discriminator({"images": np.asarray(images), "classes": classes}).shape == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["judge_a", "judge_b"])
+def test_a_judge_pools_its_evidence(name):
+    config = dataclasses.replace(script.CONFIGS[name], widths=(8, 16))
+    judge = script.build_judge(config)
+    images = GENERATOR.integers(0, 256, (3, 32, 32, 3)).astype("float32")
+    evidence = keras.Model(judge.input, judge.get_layer("evidence").output)(images)
+    evidence = ops.convert_to_numpy(evidence)
+    assert evidence.shape == (3, 8, 8, 10)
+    mean = evidence.mean(axis=(1, 2)) if name == "judge_b" else np.log(np.exp(evidence).mean(axis=(1, 2)))
+    assert np.allclose(judge(images), 1 / (1 + np.exp(-mean)), atol=1e-5)
+    judges = [script.build_judge(script.CONFIGS[each]) for each in ("judge_a", "judge_b")]
+    assert judges[0].count_params() != judges[1].count_params()  # two that are independent
+
+
+# ---------------------------------------------------------------------------------------------------------- three ways
+
+
+def test_blends_of_weight_0_and_1_are_the_pure_classes():
+    wings = script.wing_classes(3)
+    assert np.array_equal(script.blend(wings, 0.0), script.one_hot([script.HORSE] * 3))
+    assert np.array_equal(script.blend(wings, 1.0), script.one_hot(wings))
+    half = script.blend(wings, 0.5)
+    assert half[0, script.HORSE] == half[0, script.WINGED["bird"]] == 0.5
+
+
+def test_wings_come_from_one_class_or_from_both_in_turn():
+    bird, airplane = script.WINGED["bird"], script.WINGED["airplane"]
+    assert script.wing_classes(3).tolist() == [bird, airplane, bird]
+    assert script.wing_classes(2, "airplane").tolist() == [airplane, airplane]
+
+
+@pytest.fixture(scope="module")
+def tools():
+    """Tools of untrained networks whose weights are random, run eagerly: faster than compiling for a few steps."""
+    keras.utils.set_random_seed(0)
+    network = script.build_network(TINY)
+    network.set_weights([GENERATOR.normal(size=weights.shape) * 0.2 for weights in network.get_weights()])
+    judge = script.build_judge(script.JudgeConfig(widths=(8, 16)))
+    tools = script.make_tools(network, judge, TINY, quick=True)
+    for model in tools:
+        model.run_eagerly = True
+    return tools
+
+
+WINGS = script.wing_classes(2)
+
+
+def test_objects_are_found_where_the_judge_has_evidence(tools):
+    class Maps:
+        def predict(self, images, **_):
+            evidence = np.zeros((len(images), 8, 8, 10))
+            evidence[:, 2:6, 4:8, script.HORSE] = 1
+            return evidence
+
+    images = GENERATOR.integers(100, 110, (2, 32, 32, 3), dtype=np.uint8)
+    found = script.find_objects(Maps(), images, np.full(2, script.HORSE))
+    assert found.shape == (2, 32, 32)
+    assert np.nonzero(found)[2].mean() > 17  # on the right, although the images show nothing
+
+
+def test_composition_finds_a_band_and_depends_on_wings_and_strength(tools):
+    drawn = script.draw_composition(tools, WINGS, 0, SETTINGS)
+    assert drawn.images.shape == (2, 32, 32, 3)
+    assert drawn.images.dtype == np.uint8
+    assert len(drawn.stages) == 4
+    assert not drawn.stages[0].mask.any()  # all is horse at first
+    assert drawn.stages[1].mask.any()
+    assert all(stage.mask.min() >= 0 and stage.mask.max() <= 1 for stage in drawn.stages)
+    again = script.draw_composition(tools, WINGS, 0, SETTINGS)
+    assert np.array_equal(drawn.images, again.images)
+    without, others = (
+        script.draw_composition(tools, wings, 0, SETTINGS, strength=strength).images
+        for wings, strength in ((WINGS, 0.0), (WINGS[::-1], 1.0))
+    )
+    assert not np.array_equal(drawn.images, without)
+    assert not np.array_equal(drawn.images, others)
+
+
+def test_composition_of_strength_0_ignores_the_wings(tools):
+    images = [script.draw_composition(tools, wings, 0, SETTINGS, strength=0.0).images for wings in (WINGS, WINGS[::-1])]
+    assert np.array_equal(*images)
+
+
+@pytest.fixture(scope="module")
+def real():
+    splits, _ = script.load_splits(None, sample=True)
+    return splits["train"]
+
+
+def test_a_collage_needs_no_hand_and_is_reproducible(tools, real):
+    settings = dataclasses.replace(script.COLLAGE, steps=2)
+    first, again = (script.draw_collage(tools, WINGS, 3, settings, real) for _ in range(2))
+    assert np.array_equal(first.images, again.images)
+    assert np.array_equal(first.collages, again.collages)
+    other = script.draw_collage(tools, WINGS, 4, settings, real)
+    assert not np.array_equal(first.collages, other.collages)
+    assert first.stages[0].mask.any()
+
+
+def test_sdedit_from_no_noise_returns_the_collages(tools, real):
+    settings = dataclasses.replace(script.COLLAGE, start=0.0)
+    for source in (real, None):
+        drawn = script.draw_collage(tools, WINGS, 3, settings, source)
+        assert np.array_equal(drawn.images, drawn.collages)
+        assert drawn.stages == []
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+class Judge:
+    """Sees as much horse as the red of an image and as much bird as its green."""
+
+    def predict(self, images, **_):
+        probabilities = np.zeros((len(images), 10))
+        probabilities[:, script.HORSE] = images[..., 0].mean(axis=(1, 2)) / 255
+        probabilities[:, script.WINGED["bird"]] = images[..., 1].mean(axis=(1, 2)) / 255
+        return probabilities
+
+
+def grey(*color):
+    return np.broadcast_to(np.array(color, "uint8"), (4, 32, 32, 3))
+
+
+def test_the_score_needs_horse_and_wings():
+    assert script.score(Judge(), grey(255, 0, 0)).tolist() == [0] * 4
+    assert script.score(Judge(), grey(0, 255, 0)).tolist() == [0] * 4
+    assert script.score(Judge(), grey(255, 255, 0)).tolist() == [1] * 4
+    assert script.score(Judge(), grey(255, 51, 0)) == pytest.approx(0.2**0.5)
+
+
+def test_a_judge_that_knows_both_is_perfect():
+    labels = np.repeat([script.HORSE, script.WINGED["bird"], script.CLASSES.index("dog")], 4)
+    split = LabelledImages(np.concatenate([grey(255, 0, 0), grey(0, 255, 0), grey(0, 0, 0)]), labels)
+    measured = script.measure_judge(Judge(), split)
+    assert measured["copresence_auc"] == 1
+    assert measured["accuracy"] == pytest.approx(8 / 12)
+
+
+def test_the_mean_distance_of_images():
+    images = np.stack([np.full((2, 2, 3), value, "uint8") for value in (0, 10, 30)])
+    assert script.mean_distance(images) == pytest.approx((10 + 20 + 30) / 3)
+
+
+# --------------------------------------------------------------------------------------------------------- experiments
+
+
+def test_experiments_change_what_exists():
+    fields = {field.name for field in dataclasses.fields(diffusion.Composition)}
+    for way, changed, options in plan.EXPERIMENTS.values():
+        assert way in script.WAYS
+        assert changed.keys() <= fields
+        assert options.keys() <= {"height"}
+    runs = plan.runs(5, quick=False)
+    assert [run["seed"] for run in runs if run["name"] == "baseline"] == [5, 6, 7, 8, 9]
+    assert len({tuple(run.values()) for run in runs}) == len(runs)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+command = functools.partial(run_script, script.SCRIPT)
+
+
+def verification(folder):
+    return json.loads((folder / "runs" / script.SCRIPT / "verification.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The output directory of a quick training run of all four networks."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = command("tensorflow", "--train", "--quick", "--sample", "--batch-size", "16", "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_training_saves_models_cards_results_and_figures(trained):
+    folder = trained / "saved_models" / script.SCRIPT
+    names = {path.name for path in folder.glob("*.keras")}
+    assert names == {"diffusion.keras", "gan_generator.keras", "judge_a.keras", "judge_b.keras"}
+    card = models.read_card(folder / "diffusion.keras")
+    assert card["best"].keys() == set(script.WAYS)
+    assert card["metrics"]["test"].keys() == card["metrics"]["sample"].keys()
+    assert "--quick" in card["shortened"]
+    curves = models.read_card(folder / "gan_generator.keras")["curves"]
+    assert np.isfinite([curves["generator_loss"], curves["discriminator_loss"]]).all()
+    figures = {path.name for path in (trained / "report" / "figures" / script.SCRIPT).glob("*.png")}
+    assert {"pegasus.png", "way.png", "scores.png", "diffusion_network.png", "gan_networks.png"} <= figures
+    assert (trained / "report" / "results" / f"{script.SCRIPT}.json").exists()
+
+
+def test_load_reproduces_the_metrics_and_writes_no_results(trained):
+    path = trained / "report" / "results" / f"{script.SCRIPT}.json"
+    path.unlink()
+    before = verification(trained)
+    done = command("tensorflow", "--load", "--quick", "--sample", "--model", "gan", "--output-dir", trained)
+    assert done.returncode == 0, done.stderr
+    rows = verification(trained)
+    assert rows
+    assert all(row["agrees"] for row in rows)
+    assert [row["measured"] for row in rows] == [row["measured"] for row in before if row["model"] == "gan"]
+    assert not path.exists()
+
+
+def test_a_finished_run_is_restored_with_averaged_weights(trained):
+    saved, card = models.load_model(trained / "saved_models" / script.SCRIPT / "gan_generator.keras", script.SCRIPT)
+    splits, _ = script.load_splits(None, sample=True, quick=True)
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in card["config"].items()}
+    checkpoint = {"folder": trained / "runs" / script.SCRIPT / "gan_seed_0", "resume": True}
+    again, curves, _ = script.train_network("gan", script.GanConfig(**fields), splits, 0, **checkpoint)
+    assert curves == card["curves"]
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(saved.get_weights(), again.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "stem", "key"),
+    [
+        (("--method", "collage", "--wings", "bird"), "collage_bird_seed_0", "wings"),
+        (("--class", "horse", "--model", "gan"), "gan_horse_seed_0", "class"),
+    ],
+)
+def test_drawing_needs_no_dataset(trained, flags, stem, key):
+    options = ["--samples", "3", "--data-dir", trained / "none", "--output-dir", trained]
+    done = command("tensorflow", "--load", *flags, *options)
+    assert done.returncode == 0, done.stderr
+    folder = trained / "runs" / script.SCRIPT
+    arrays = np.load(folder / f"{stem}.npz")
+    assert arrays["images"].shape == (3, 32, 32, 3)
+    assert arrays["images"].dtype == np.uint8
+    assert arrays["score"].shape == (3,)
+    assert arrays[key].tolist() == [script.CLASSES.index(flags[-1] if key == "wings" else "horse")] * 3
+    assert (folder / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / f"{stem}_best.png").exists() == (key == "wings")
+
+
+def test_experiments_are_resumed(trained):
+    for _ in range(2):
+        done = command("tensorflow", "--experiments", "--quick", "--output-dir", trained)
+        assert done.returncode == 0, done.stderr
+    rows = (trained / "report" / "results" / f"{script.SCRIPT}_experiments.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * plan.SEEDS
+
+
+def test_stock_keras_opens_the_saved_models_from_an_empty_directory(trained, tmp_path):
+    code = (
+        "import sys, keras, numpy as np\n"
+        "diffusion, gan, judge = (keras.saving.load_model(p, safe_mode=True, compile=False) for p in sys.argv[1:])\n"
+        "classes, images = np.eye(10)[[7, 2]], np.zeros((2, 32, 32, 3))\n"
+        "print(diffusion({'noisy': images, 'time': np.ones((2, 1)), 'classes': classes}).shape)\n"
+        "print(gan({'noise': np.zeros((2, 128)), 'classes': classes}).shape, judge(images).shape)"
+    )
+    folder = trained / "saved_models" / script.SCRIPT
+    names = ("diffusion", "gan_generator", "judge_a")
+    printed = run_elsewhere(code, tmp_path, *(folder / f"{name}.keras" for name in names), KERAS_BACKEND="jax")
+    assert printed.splitlines() == ["(2, 32, 32, 3)", "(2, 32, 32, 3) (2, 10)"]
+
+
+def test_all_networks_train_compiled_under_jax(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import dataclasses, numpy as np, pegasus_gan as script
+splits, _ = script.load_splits(None, sample=True, quick=True)
+for name, config in script.CONFIGS.items():
+    config = dataclasses.replace(script.smaller(config), epochs=1, batch_size=64)
+    options = {{"folder": {str(tmp_path)!r}, "resume": False}}
+    _, curves, _ = script.train_network(name, config, splits, 0, **options)
+    print(name, np.isfinite(list(curves.values())).all())
+"""
+    done = run_elsewhere(code, tmp_path, KERAS_BACKEND="jax", XLA_FLAGS=QUICK_COMPILATION)
+    finite = [line for line in done.splitlines() if line.endswith(" True")]
+    assert [line.split()[0] for line in finite] == list(script.CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "trouble"),
+    [
+        (["--load", "--class", "unicorn"], "invalid choice"),
+        (["--load", "--method", "magic"], "invalid choice"),
+        (["--load", "--samples", "0"], "--samples: '0' is not a whole number from 1 to 10000"),
+        (["--train", "--samples", "4"], "use --load"),
+        (["--load", "--samples", "4", "--model", "judge_a"], "needs a trained generator"),
+    ],
+)
+def test_drawing_that_makes_no_sense_is_one_line(flags, trouble, tmp_path):
+    done = command("tensorflow", *flags, "--output-dir", tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert trouble in line
