@@ -13,7 +13,7 @@ from conftest import REPOSITORY, run_elsewhere
 from common import clocks, datasets
 from common.errors import UserError
 from common.files import sha256
-from data import make_numerals
+from report import make_numerals
 
 SIZE = 150
 

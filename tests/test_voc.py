@@ -11,7 +11,7 @@ from PIL import Image
 
 from common import datasets, voc
 from common.errors import UserError
-from data import make_samples
+from report import make_samples
 
 SIZE = 128
 

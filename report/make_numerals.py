@@ -1,4 +1,4 @@
-"""Makes data/samples/numerals.png, the numerals on the dials of rendered clocks: python -m data.make_numerals
+"""Makes data/samples/numerals.png, the numerals on the dials of rendered clocks: python -m report.make_numerals
 
 Three weights of a stroke font, and fonts that come with matplotlib and Pillow; each sharp and slightly blurred. The
 bytes depend on the versions of these packages, so the file is kept, and its checksum is in sha256.json.
@@ -88,7 +88,7 @@ def main():
     path = SAMPLES / "numerals.png"
     with replacing(path) as temporary:
         Image.fromarray(draw_atlas()).save(temporary)
-    checksums = read_json(SAMPLES / "sha256.json", "make it with python -m data.make_samples")
+    checksums = read_json(SAMPLES / "sha256.json", "make it with python -m report.make_samples")
     write_json(SAMPLES / "sha256.json", checksums | {path.name: sha256(path)})
 
 

@@ -1,4 +1,4 @@
-"""Makes data/samples/ from the full datasets; run from the root of the repository: python -m data.make_samples
+"""Makes data/samples/ from the full datasets; run from the root of the repository: python -m report.make_samples
 
 The choice of images is fixed by a seed, and so are the arrays; the bytes of a compressed archive may change with the
 version of zlib, which is why the checksums in sha256.json are written along with the files.
