@@ -17,6 +17,7 @@ from common.files import H5PY_ERRORS, read_json, replacing, write_json
 
 STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python, which otherwise cost a tenth of the time
 DRAWS_PER_EPOCH = 1_000_000  # more random draws than a layer makes in one epoch
+MALLOPT = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; other C libraries have none
 
 
 class Diverged(UserError):
@@ -69,11 +70,10 @@ class KeepMemory(keras.callbacks.Callback):
     """
 
     def on_train_batch_end(self, batch, logs=None):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
+        if MALLOPT is not None:
             trim_threshold, mmap_threshold = -1, -3  # names of the parameters in malloc.h
-            mallopt(trim_threshold, 2**31 - 1)
-            mallopt(mmap_threshold, 2**30)
+            MALLOPT(trim_threshold, 2**31 - 1)
+            MALLOPT(mmap_threshold, 2**30)
 
 
 class Checkpoint(keras.callbacks.Callback):
