@@ -371,8 +371,10 @@ def _batches(source, data_dir, splits):
         found = 0
         with _tfds_errors(source, data_dir):
             for batch in splits[split].batch(BATCH_SIZE).as_numpy_iterator():
-                cameras = [batch[feature] for feature in ("image", "image2") if feature in batch]
-                yield f"{split}_images", np.concatenate(cameras, axis=-1)
+                images = np.concatenate([batch[camera] for camera in ("image", "image2") if camera in batch], axis=-1)
+                if images.shape[1:] != source.image_shape:
+                    raise ValueError(f"the {split} images are {images.shape[1:]} instead of {source.image_shape}")
+                yield f"{split}_images", images
                 for field, (feature, _) in source.labels.items():
                     yield f"{split}_{field}", batch[feature]
                 found += len(batch["image"])

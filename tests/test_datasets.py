@@ -356,6 +356,15 @@ def test_prepared_dataset_of_the_wrong_size(small):
         datasets.load_mnist(small)
 
 
+def test_prepared_dataset_of_the_wrong_shape(small, monkeypatch):
+    prepare_small("mnist", small)
+    source = dataclasses.replace(datasets.SOURCES["mnist"], image_shape=(32, 32, 1))
+    monkeypatch.setitem(datasets.SOURCES, "mnist", source)
+    with pytest.raises(UserError, match=r"the train images are \(28, 28, 1\) instead of \(32, 32, 1\)"):
+        datasets.load_mnist(small)
+    assert not list((small / "cache").iterdir())
+
+
 def test_full_disk(small, monkeypatch):
     prepare_small("smallnorb", small)
 
