@@ -139,7 +139,7 @@ GLYPH_SIZE = 64  # pixels of a numeral's cell, which is two numeral heights wide
 def numeral_atlas():
     """The numerals 12, 1, ..., 11 in six fonts, each sharp and slightly blurred: float32 (12, 12, 64, 64), 0 to 1.
 
-    Read from a file made by `report/make_numerals.py`, since fonts and their rendering differ between versions of Pillow.
+    Read from a file made by `report/make_numerals.py`, since versions of Pillow and fonts draw them differently.
     """
     path = checked_samples("numerals.png") / "numerals.png"
     with Image.open(path) as image:

@@ -147,7 +147,8 @@ def test_ctrl_c_while_keras_is_imported_is_one_line():
     running = process("print('ready', flush=True)\nfrom common import startup", KERAS_BACKEND="tensorflow")
     assert running.stdout.readline() == "ready\n"
     loaded = Path(f"/proc/{running.pid}/maps")
-    while loaded.exists() and "libtensorflow" not in loaded.read_text():  # however busy the machine is
+    # However busy the machine is; the file of a process that has ended is empty.
+    while running.poll() is None and loaded.exists() and "libtensorflow" not in loaded.read_text():
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
