@@ -44,7 +44,7 @@ def square(images, columns=8):
 
 
 def draw_pegasus(images, chosen, path):
-    """The best candidate of the way `chosen` as it is and enlarged smoothly, and small the best of every way."""
+    """The best candidate of the way `chosen` unmodified and enlarged smoothly, and small the best of every way."""
     mosaic = [["pixels", "smooth", way] for way in images]
     figure, axes = plt.subplot_mosaic(mosaic, figsize=(10, 5.1), width_ratios=[4, 4, 1])
     # Enlarged 12 times, pixel by pixel.
