@@ -1,12 +1,18 @@
 """What every script and the layout of the repository promise, whatever a script trains."""
 
 import ast
+import contextlib
+import functools
+import io
 import json
 import math
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 from conftest import QUICK_COMPILATION, REPOSITORY
@@ -27,27 +33,42 @@ SHARED_FLAGS = [
     "--data-dir",
     "--output-dir",
 ]
-SMALLEST_MODEL = {  # of each script, the fastest one to train that it draws figures of
-    "addnist_classifier.py": "shared",
-    "fashion_cifar_mlp_cnn.py": "cifar_cnn_3",
-    "task1_smallnorb_cnn.py": "joint",
-    "task2_diffusion.py": "judge",
-    "tell_the_time.py": "classes_24",
-    "voc_segmentation.py": "unet_bilinear",
+BARE_RUNS = {  # backend -> script -> the fastest model to train that it draws figures of, and how it is made smaller
+    "tensorflow": {
+        "task1_smallnorb_cnn": ("joint", {"width": 8}),
+        "task2_diffusion": ("judge", {}),
+        "tell_the_time": ("classes_24", {"width": 4, "augment": False}),
+        "voc_segmentation": ("unet_bilinear", {"widths": (4, 8)}),
+    },
+    "jax": {"fashion_cifar_mlp_cnn": ("cifar_cnn_3", {}), "addnist_classifier": ("shared", {})},
 }
+REAL_PROCESS = ("addnist_classifier.py", "task1_smallnorb_cnn.py")  # the first has a beginning and an end of its own
 
-BACKENDS = {"fashion_cifar_mlp_cnn.py": "jax"}  # one is enough here; tests of other scripts try what is theirs
+
+def run(script, *flags):
+    """Runs a script in a process of its own."""
+    return subprocess.run([sys.executable, REPOSITORY / script, *flags], capture_output=True, text=True, check=False)
 
 
-def run(script, *flags, folder=REPOSITORY, **environment):
-    """Runs a script in a process of its own; with KERAS_BACKEND=jax it starts in half of the time."""
-    return subprocess.run(
-        [sys.executable, folder / script, *flags],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XLA_FLAGS": QUICK_COMPILATION, **environment},
-        check=False,
-    )
+def run_as_main(script, *flags):
+    """Runs a script as its `__main__` within this process, which spares it the import of TensorFlow."""
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            try:
+                runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+            except SystemExit as end:
+                code = end.code or 0
+            finally:
+                signal.signal(signal.SIGINT, handler)
+    return subprocess.CompletedProcess(flags, code, output.getvalue(), errors.getvalue())
+
+
+@functools.cache
+def help_text(script):
+    return run_as_main(script, "--help").stdout
 
 
 def error_line(done):
@@ -69,14 +90,14 @@ def imports(path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_the_shared_flags_in_order(script):
-    help_text = run(script, "--help", KERAS_BACKEND="jax").stdout.split("options:")[1]
-    places = [help_text.index(f"  {flag} ") for flag in SHARED_FLAGS]
+    options = help_text(script).split("options:")[1]
+    places = [options.index(f"  {flag} ") for flag in SHARED_FLAGS]
     assert places == sorted(places)
 
 
 def test_help_says_the_same_of_a_flag_everywhere():
     """AddNIST's script has a command line of its own, since its assignment asks for a single file."""
-    texts = [run(script, "--help", KERAS_BACKEND="jax").stdout for script in ("addnist_classifier.py", SCRIPTS[-1])]
+    texts = [help_text(script) for script in ("addnist_classifier.py", SCRIPTS[-1])]
     for flag in set(SHARED_FLAGS) - {"--model"}:
         of_flag = [" ".join(text[text.index(f"  {flag} ") :].split("\n  -")[0].split()) for text in texts]
         assert of_flag[0] == of_flag[1]
@@ -84,15 +105,21 @@ def test_help_says_the_same_of_a_flag_everywhere():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_unknown_flag_is_one_line(script):
+    assert "--trian" in error_line(run_as_main(script, "--load", "--trian"))
+
+
+@pytest.mark.parametrize("script", REAL_PROCESS)
+def test_nothing_else_reaches_the_screen_of_a_new_process(script):
     assert "--trian" in error_line(run(script, "--load", "--trian"))
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "tell_the_time.py"])  # renders its own
-def test_no_data_and_no_network_is_one_line_that_ends_with_the_way_out(script, tmp_path):
+def test_no_data_and_no_network_is_one_line_that_ends_with_the_way_out(script, tmp_path, monkeypatch):
     # A proxy that nobody runs makes every machine one without a network.
-    environment = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    environment["KERAS_BACKEND"] = "jax"
-    line = error_line(run(script, "--load", "--data-dir", tmp_path, "--output-dir", tmp_path, **environment))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # an earlier one would not know the proxy
+    line = error_line(run_as_main(script, "--load", "--data-dir", tmp_path, "--output-dir", tmp_path))
     assert "by hand into" in line
     assert str(tmp_path) in line
     assert line.endswith("or add --sample")
@@ -110,22 +137,77 @@ def bare_repository(tmp_path_factory):
     return folder
 
 
+RUN_SEVERAL = """
+import contextlib, dataclasses, importlib, io, json, sys, traceback
+mode, folder, models = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+from common import startup
+import keras
+if keras.backend.backend() == "tensorflow":
+    import tensorflow
+    tensorflow.config.run_functions_eagerly(True)  # tracing takes longer than a few steps
+from common import cli
+done = {}
+for script, (model, changes) in models.items():
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    flags = [mode, "--quick", "--sample", "--model", model, "--output-dir", f"{folder}/{script}"]
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            task = importlib.import_module(script)
+            if changes:
+                task.CONFIGS[model] = dataclasses.replace(task.CONFIGS[model], **changes)
+            cli.run(task.main, flags)
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            code = traceback.print_exc() or 1
+    done[script] = code, output.getvalue(), errors.getvalue()
+with open(f"{folder}/{mode}.json", "w") as file:
+    json.dump(done, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_bare(bare_repository, tmp_path_factory):
+    """A function from a backend to what its scripts print and write without plots/ and experiments/.
+
+    All scripts of a backend are trained in one process, and restored in another one.
+    """
+
+    @functools.cache
+    def run_all(backend):
+        folder = tmp_path_factory.mktemp(backend)
+        environment = {"KERAS_BACKEND": backend, "XLA_FLAGS": QUICK_COMPILATION, "PYTHONPATH": ""}
+        runs = []
+        for mode in ("--train", "--load"):
+            subprocess.run(
+                [sys.executable, "-c", RUN_SEVERAL, mode, folder, json.dumps(BARE_RUNS[backend])],
+                cwd=bare_repository,
+                env={**os.environ, **environment},
+                check=True,
+            )
+            runs.append(json.loads((folder / f"{mode}.json").read_text()))
+        return folder, *runs
+
+    return run_all
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_train_and_restore_without_plots_and_experiments(script, bare_repository, tmp_path):
-    flags = ["--quick", "--sample", "--model", SMALLEST_MODEL[script], "--output-dir", tmp_path]
-    environment = {"KERAS_BACKEND": BACKENDS.get(script, "tensorflow")}
-    done = run(script, "--train", *flags, folder=bare_repository, **environment)
-    assert done.returncode == 0, done.stderr
-    assert "figures are skipped" in done.stdout
-    assert not list(tmp_path.rglob("*.png"))
-    (card,) = (json.loads(path.read_text()) for path in (tmp_path / "saved_models").rglob("*.json"))
+def test_scripts_train_and_restore_without_plots_and_experiments(script, run_bare):
+    script = script.removesuffix(".py")
+    (backend,) = (backend for backend, scripts in BARE_RUNS.items() if script in scripts)
+    folder, trained, loaded = run_bare(backend)
+    code, output, errors = trained[script]
+    assert code == 0, errors
+    assert "figures are skipped" in output
+    assert not list((folder / script).rglob("*.png"))
+    (card,) = (json.loads(path.read_text()) for path in (folder / script / "saved_models").rglob("*.json"))
     assert card["git_commit"].startswith("unknown")
-    assert card["backend"] in (environment["KERAS_BACKEND"], "jax")  # AddNIST's network is always trained by JAX
+    assert card["backend"] == backend
     assert card["shortened"]
-    done = run(script, "--load", *flags, folder=bare_repository, **environment)
-    assert done.returncode == 0, done.stderr
-    assert "DIFFERS" not in done.stdout
-    rows = json.loads((tmp_path / "runs" / script.removesuffix(".py") / "verification.json").read_text())["rows"]
+    code, output, errors = loaded[script]
+    assert code == 0, errors
+    assert "DIFFERS" not in output
+    rows = json.loads((folder / script / "runs" / script / "verification.json").read_text())["rows"]
     assert all(row["agrees"] and math.isfinite(row["measured"]) for row in rows)
 
 
