@@ -52,8 +52,8 @@ def run(script, *flags):
 
 def run_as_main(script, *flags):
     """Runs a script as its `__main__` within this process, which spares it the import of TensorFlow."""
-    output, errors, code = io.StringIO(), io.StringIO(), 0
-    handler = signal.getsignal(signal.SIGINT)
+    output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    handler, code = signal.getsignal(signal.SIGINT), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, flags)])
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
@@ -63,7 +63,7 @@ def run_as_main(script, *flags):
                 code = end.code or 0
             finally:
                 signal.signal(signal.SIGINT, handler)
-    return subprocess.CompletedProcess(flags, code, output.getvalue(), errors.getvalue())
+    return subprocess.CompletedProcess(flags, code, *(each.buffer.getvalue().decode() for each in (output, errors)))
 
 
 @functools.cache
