@@ -19,25 +19,24 @@ from common import startup  # isort: skip  # noqa: F401  (before Keras is import
 
 import dataclasses
 import hashlib
-import math
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 from PIL import Image, ImageOps
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import train_test_split
 
 from common import cli, models, results, training
 from common.datasets import Cifar100Images, area_average, connection_trouble, load_cifar100
 from common.errors import UserError
-from common.files import read_json, replacing
+from common.files import replacing
 from common.images import predict_each, printable, read_image
-from common.metrics import standard_deviation
+from common.metrics import classification_metrics, reliability, standard_deviation
+from common.optimizers import Muon
 
 SCRIPT = "cifar100_transfer"
 NUM_CLASSES, NUM_SUPERCLASSES = 100, 20
@@ -64,17 +63,14 @@ class Config:
     residual: bool = True  # a shortcut around those
     separable: bool = False  # depthwise-separable convolutions instead of full ones
     batch_norm: bool = True  # after each convolution (after the pooling, where there is one: a quarter of the cost)
-    activation: str = "relu"
     whitening: bool = False  # a fixed first convolution that decorrelates patches of 2 x 2 pixels
-    identity: bool = False  # the first filters of each convolution start as the identity
     pooling: str = "average"  # or "max", over all places before the classifier
     dropout: float = 0.0  # before the classifier
-    augmentation: tuple = ("mirror", "shift")  # "mirror" or "alternate" (every image in turn), "shift" by 2 pixels
+    augmentation: bool = True  # random mirroring, and shifts by up to 2 pixels
     label_smoothing: float = 0.1
     optimizer: str = "adamw"  # key of OPTIMIZERS
     learning_rate: float = 2e-3  # the highest one
     weight_decay: float = 0.05  # decoupled; not for "muon"
-    averaging: float = 0.0  # momentum of the moving average of the weights; 0 for none
     schedule: str = "one cycle"  # warm-up, then a cosine to 0; or "plateau" (with early stopping)
     small_size: int = 0  # side in pixels of the images in the first part of the training run; 0 for no such part
     small_epochs: int = 0  # length of that part
@@ -117,7 +113,7 @@ CONFIGS = {
         residual=False,
         batch_norm=False,
         dropout=0.3,
-        augmentation=(),
+        augmentation=False,
         label_smoothing=0.0,
         learning_rate=1e-3,
         weight_decay=1e-3,
@@ -128,19 +124,12 @@ CONFIGS = {
     "own_3": Config(
         filters=(64, 192, 320),
         convolutions=(1, 1, 2),
-        activation="gelu",
         whitening=True,
-        identity=True,
-        pooling="max",
-        augmentation=("alternate", "shift"),
-        label_smoothing=0.2,
         optimizer="muon",
-        learning_rate=0.2,
-        averaging=0.98,
+        learning_rate=0.1,
         small_size=24,
-        small_epochs=11,
-        batch_size=500,
-        epochs=22,
+        small_epochs=14,
+        epochs=40,
     ),
 }
 MODELS = list(CONFIGS)
@@ -214,29 +203,13 @@ def build_base(weights):
     block_4 = whole.get_layer("block4_pool").output
     block_5 = keras.Model(block_4, layers.GlobalAveragePooling2D()(whole.output))
     base = VggBase(keras.Model(images, block_4, name="blocks_1_to_4"), keras.Model(maps, block_5(maps), name="block_5"))
-    round_to_grid(whole)
+    models.round_to_grid(whole)
     return base
 
 
 def preprocess(images):
     """`keras.applications.vgg16.preprocess_input` out of operations that a saved model may have: RGB to BGR - means."""
     return layers.Rescaling(1.0, [-103.939, -116.779, -123.68], name="preprocess")(images[..., ::-1])
-
-
-def round_to_grid(model):
-    """Rounds each kernel to multiples of a power of two, at most 1/16 of its standard deviation, in place.
-
-    The rounded weights are exact in 16 bits and compress to about 1.1 bytes: 44 million of them have to fit into 55 MB.
-    The error is below 2 % of the standard deviation.
-    """
-
-    def rounded(weights):
-        if weights.ndim < 2 or weights.std() == 0:
-            return weights
-        step = 2.0 ** np.floor(np.log2(weights.std() / 16))
-        return (np.rint(weights / step) * step).astype("float32")
-
-    models.set_weights(model, [rounded(weights) for weights in model.get_weights()])
 
 
 def copy_of(model, trainable):
@@ -345,7 +318,7 @@ def build_network(config, image_shape=(None, None, 3)):
         return layers.BatchNormalization(momentum=0.9)(features) if config.batch_norm else features
 
     def activate(features):
-        return layers.Activation(config.activation)(features)
+        return layers.ReLU()(features)
 
     images = keras.Input(image_shape, name="images")
     scale, offset = 1 / np.array(CHANNEL_DEVIATIONS), -np.array(CHANNEL_MEANS) / CHANNEL_DEVIATIONS
@@ -385,121 +358,25 @@ def whitening_kernel(images, num_images=5000):
     return np.concatenate([filters, -filters], axis=-1).astype("float32")
 
 
-def initialize(network, config, images):
-    """Sets the weights of a new network that Keras' initialisers cannot: whitening and identity."""
-    if config.whitening:
-        network.get_layer("whitening").set_weights([whitening_kernel(images)])
-    for layer in network.layers if config.identity else []:
-        if isinstance(layer, layers.Conv2D) and layer.name != "whitening":
-            kernel, *bias = layer.get_weights()
-            same = min(kernel.shape[2:])
-            kernel[..., :same] = 0
-            kernel[1, 1, range(same), range(same)] = 1
-            layer.set_weights([kernel, *bias])
-
-
 # ------------------------------------------------------------------------------------------------- losses and training
 
 
-class AlternatingMirror(layers.Layer):
-    """Mirrors half of the images in one epoch and the other half in the next (Jordan 2024, section 3.6).
-
-    Every image is seen both ways in two epochs, where random mirroring shows a quarter of them the same way twice. The
-    half that an image belongs to is the parity of the sum of its pixels.
-    """
-
-    def __init__(self, **keywords):
-        super().__init__(**keywords)
-        self.epoch = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name="epoch")
-
-    def call(self, images, training=False):
-        if not training:
-            return images
-        parity = (ops.sum(ops.cast(images, "int32"), axis=(1, 2, 3), keepdims=True) + self.epoch) % 2
-        return ops.where(parity == 0, ops.flip(images, axis=2), images)
-
-
-class Muon(keras.optimizers.Adam):
-    """Momentum with orthogonal updates for the kernels of convolutions, Adam for all other weights.
-
-    Jordan et al., "Muon: an optimizer for hidden layers" (2024). The kernels must be followed by normalisation: their
-    length is kept at the root of the number of filters, so that the learning rate is a relative one.
-    """
-
-    momentum, adam_share = 0.6, 0.02  # the second one is the learning rate of Adam relative to that of the kernels
-
-    def update_step(self, gradient, variable, learning_rate):
-        if len(variable.shape) != 4:
-            super().update_step(gradient, variable, learning_rate * self.adam_share)
-            return
-        momentum = self._momentums[self._get_variable_index(variable)]
-        self.assign(momentum, self.momentum * momentum + gradient)
-        update = orthogonalize(gradient + self.momentum * momentum)
-        length = ops.sqrt(ops.sum(ops.square(variable)))
-        scale = math.sqrt(variable.shape[-1]) / length
-        self.assign(variable, scale * variable - learning_rate * update)
-
-
-def orthogonalize(kernel, steps=5):
-    """Brings all singular values of a kernel (height, width, in, filters), seen as a matrix, near 1.
-
-    Newton-Schulz iteration with the coefficients of Jordan et al. (2024): values between 0.7 and 1.2 after five steps.
-    It is iterated on the product of the matrix with its transpose, which is smaller, and applied once.
-    """
-    matrix = ops.reshape(kernel, (-1, kernel.shape[-1]))
-    is_wide = matrix.shape[0] < matrix.shape[1]
-    matrix = matrix if is_wide else ops.transpose(matrix)
-    matrix = matrix / (ops.sqrt(ops.sum(ops.square(matrix))) + 1e-7)
-    gram, identity = ops.matmul(matrix, ops.transpose(matrix)), ops.eye(matrix.shape[0])
-    factor = identity
-    for _ in range(steps):
-        step = 3.4445 * identity - 4.7750 * gram + 2.0315 * ops.matmul(gram, gram)
-        factor, gram = ops.matmul(step, factor), ops.matmul(ops.matmul(step, gram), step)
-    matrix = ops.matmul(factor, matrix)
-    return ops.reshape(matrix if is_wide else ops.transpose(matrix), kernel.shape)
-
-
-OPTIMIZERS = {
-    "adamw": lambda rate, decay, **average: keras.optimizers.AdamW(rate, weight_decay=decay, **average),
-    "sgd": lambda rate, decay, **average: keras.optimizers.SGD(
-        rate, momentum=0.9, nesterov=True, weight_decay=decay, **average
-    ),
-    "muon": lambda rate, decay, **average: Muon(rate, **average),
+OPTIMIZERS = {  # by name, from learning rate and decoupled weight decay
+    "adamw": lambda rate, decay: keras.optimizers.AdamW(rate, weight_decay=decay),
+    "sgd": lambda rate, decay: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=decay),
+    "muon": lambda rate, decay: Muon(rate),
 }
 
 
-class Replay(keras.callbacks.Callback):
-    """Shows the validation losses of a resumed run to callbacks that count on them."""
-
-    def __init__(self, callbacks, losses):
-        super().__init__()
-        self.callbacks, self.losses = callbacks, losses
-
-    def on_train_begin(self, logs=None):
-        rate = float(self.model.optimizer.learning_rate)
-        for epoch, loss in enumerate(self.losses):
-            for callback in self.callbacks:
-                callback.on_epoch_end(epoch, {"val_loss": loss})
-        self.model.optimizer.learning_rate = rate  # that of the checkpoint
-
-
-def plateau_callbacks(folder, resume):
+def plateau_callbacks(folder):
     """Returns callbacks that lower the rate when validation stops improving, stop later, and keep the best weights."""
-    state = folder / "state.json"
-    curves = read_json(state, "start over without --resume")["history"] if resume and state.is_file() else {}
-    watching = [
+    return [
         keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.3, patience=1),
         keras.callbacks.EarlyStopping(monitor="val_loss", patience=3),
+        keras.callbacks.ModelCheckpoint(
+            folder / "best.weights.h5", monitor="val_accuracy", mode="max", save_best_only=True, save_weights_only=True
+        ),
     ]
-    best = keras.callbacks.ModelCheckpoint(
-        folder / "best.weights.h5",
-        monitor="val_accuracy",
-        mode="max",
-        save_best_only=True,
-        save_weights_only=True,
-        initial_value_threshold=max(curves.get("val_accuracy", []), default=None),
-    )
-    return [*watching, best, Replay(watching, curves.get("val_loss", []))]
 
 
 def compile_model(model, optimizer, label_smoothing, steps):
@@ -511,24 +388,12 @@ def compile_model(model, optimizer, label_smoothing, steps):
     )
 
 
-class EpochNumber(keras.callbacks.Callback):
-    """Tells an `AlternatingMirror` which epoch it is, counted from `first`."""
-
-    def __init__(self, layer, first):
-        super().__init__()
-        self.layer, self.first = layer, first
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.layer.epoch.assign(epoch + self.first)
-
-
 def build_optimizer(config, num_examples, share=1.0):
     """Returns the optimizer of a training run with a `share` of the learning rate."""
     rate = share * config.learning_rate
     if config.schedule == "one cycle":
         rate = training.cosine_schedule(rate, training.count_steps(num_examples, config))
-    average = {"use_ema": config.averaging > 0, "ema_momentum": config.averaging}
-    optimizer = OPTIMIZERS[config.optimizer](rate, config.weight_decay, **average)
+    optimizer = OPTIMIZERS[config.optimizer](rate, config.weight_decay)
     if optimizer.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     return optimizer
@@ -543,7 +408,8 @@ def train_own(config, split, seed, *, folder, resume, validation):
     keras.utils.set_random_seed(seed)
     with training.computing_in(training.fast_precision()) as precision:
         network = build_network(config)
-    initialize(network, config, split[0])
+    if config.whitening:
+        network.get_layer("whitening").set_weights([whitening_kernel(split[0])])
     optimizer = build_optimizer(config, len(split[0]))
     small_epochs = min(config.small_epochs, config.epochs - 1)
     sizes = [(config.small_size, small_epochs)] if small_epochs else []
@@ -557,10 +423,8 @@ def train_own(config, split, seed, *, folder, resume, validation):
             for layer in early_layers(network):
                 layer.trainable = False
             optimizer = build_optimizer(shortened, len(split[0]), TUNING_SHARE)
-        model, callbacks = build_trained(network, config, size, seed, first_epoch=len(curves.get("loss", ())))
+        model = build_trained(network, config, size, seed)
         part_folder = folder / f"part_{number + 1}"
-        if config.schedule == "plateau":
-            callbacks += plateau_callbacks(part_folder, resume)
         compile_model(model, optimizer, config.label_smoothing, training.count_steps(len(split[0]), shortened))
         targets, validation_targets = (one_hot(labels, config.classes) for labels in (split[1], validation[1]))
         part_curves, part_seconds = training.fit(
@@ -573,38 +437,31 @@ def train_own(config, split, seed, *, folder, resume, validation):
             resume=resume,
             precision=precision,
             validation_data=(area_average(validation[0], min(size, IMAGE_SIZE)), validation_targets),
-            callbacks=callbacks,
+            callbacks=plateau_callbacks(part_folder) if config.schedule == "plateau" else (),
         )
-        optimizer.finalize_variable_values(model.trainable_variables)  # fit does it, unless this part was finished
         curves = {name: curves.get(name, []) + part_curves[name] for name in part_curves}
         seconds += part_seconds
         if config.schedule == "plateau":
             model.load_weights(part_folder / "best.weights.h5")
     full_precision = build_network(config, (IMAGE_SIZE, IMAGE_SIZE, 3))
     models.set_weights(full_precision, network.get_weights())
-    round_to_grid(full_precision)
+    models.round_to_grid(full_precision)
     return full_precision, curves, seconds
 
 
-def build_trained(network, config, size, seed, first_epoch):
-    """Returns a model that augments images and gives them to `network` at a size, and the callbacks that it needs."""
+def build_trained(network, config, size, seed):
+    """Returns a model that takes uint8 images, augments them and gives them to `network` at a size."""
     side = min(size, IMAGE_SIZE)
     images = augmented = keras.Input((side, side, 3), dtype="uint8")
-    callbacks = []
-    if "alternate" in config.augmentation:
-        alternate = AlternatingMirror()
-        augmented = alternate(augmented)
-        callbacks.append(EpochNumber(alternate, first_epoch))
-    if "mirror" in config.augmentation:
+    if config.augmentation:
         augmented = layers.RandomFlip("horizontal", seed=seed)(augmented)
-    if "shift" in config.augmentation:
         factor = 2 / IMAGE_SIZE
         shift = layers.RandomTranslation(factor, factor, "reflect", interpolation="nearest", seed=seed)  # no blur
         shift.supports_jit = True  # Keras denies it of this layer, and would run every step uncompiled under JAX
         augmented = shift(augmented)
     if size > side:
         augmented = layers.Resizing(size, size)(augmented)
-    return keras.Model(images, network(augmented)), callbacks
+    return keras.Model(images, network(augmented))
 
 
 def early_layers(network):
@@ -658,7 +515,7 @@ def train_vgg(config, splits, features, seed, *, folder, resume):
         resume=resume,
         validation_data=(inputs["validation"], labels["validation"]),
     )
-    round_to_grid(trained)
+    models.round_to_grid(trained)
     return network, curves, seconds
 
 
@@ -757,28 +614,6 @@ def augmented_views(images):
         view = padded[:, first : first + side, first : first + side]
         yield view
         yield view[:, :, ::-1]
-
-
-def classification_metrics(probabilities, labels):
-    """Returns accuracy, top-5 accuracy, log loss and calibration error of probabilities (n, classes): dict of float."""
-    classes = np.arange(probabilities.shape[1])
-    probabilities = probabilities.astype("float64")
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
-    confidence, accuracy = reliability(probabilities, labels)
-    return {
-        "accuracy": float((probabilities.argmax(1) == labels).mean()),
-        "top_5_accuracy": float(top_k_accuracy_score(labels, probabilities, k=5, labels=classes)),
-        "log_loss": float(log_loss(labels, probabilities, labels=classes)),
-        "calibration_error": float(np.abs(confidence - accuracy).mean()),
-    }
-
-
-def reliability(probabilities, labels, bins=10):
-    """Returns mean confidence and accuracy of `bins` groups of as many images each, in order of confidence."""
-    accuracy, confidence = calibration_curve(
-        probabilities.argmax(1) == labels, probabilities.max(1), n_bins=bins, strategy="quantile"
-    )
-    return confidence, accuracy
 
 
 def evaluate(network, config, features, split):
