@@ -85,7 +85,7 @@ class Config:
 class VggConfig:
     """A classifier on VGG16; the defaults are the first head on frozen features."""
 
-    trained: str = "head"  # what is trained: the "head", also the "top block", or "all"
+    trained: str = "head"  # what is trained: the "head"; after it also the "top block", or "all"
     image_size: int = IMAGE_SIZE  # 64: upsampled, and the pooled outputs of blocks 3, 4 and 5 together
     standardize: bool = False  # each feature to mean 0 and standard deviation 1, before the head
     hidden: tuple = ()  # units of the hidden dense layers of the head
@@ -98,15 +98,12 @@ class VggConfig:
     epochs: int = 20
 
 
-HEAD = VggConfig(standardize=True, hidden=(1024,), dropout=0.5)
+HEAD = VggConfig(standardize=True)
+TUNED = dataclasses.replace(HEAD, mirrored=True, label_smoothing=0.1, learning_rate=1e-4, weight_decay=0.01)
 CONFIGS = {
-    "vgg_features": dataclasses.replace(HEAD, mirrored=True),
-    "vgg_top_block": dataclasses.replace(
-        HEAD, trained="top block", mirrored=True, label_smoothing=0.1, learning_rate=1e-4, weight_decay=0.01, epochs=5
-    ),
-    "vgg_full": dataclasses.replace(
-        HEAD, trained="all", mirrored=True, label_smoothing=0.1, learning_rate=1e-4, weight_decay=0.01, epochs=3
-    ),
+    "vgg_features": HEAD,
+    "vgg_top_block": dataclasses.replace(TUNED, trained="top block", epochs=5),
+    "vgg_full": dataclasses.replace(TUNED, trained="all", batch_size=256, epochs=3),
     "vgg_features_64": dataclasses.replace(HEAD, image_size=64),
     "own_1": Config(
         convolutions=(1, 1, 1),
@@ -212,14 +209,6 @@ def preprocess(images):
     return layers.Rescaling(1.0, [-103.939, -116.779, -123.68], name="preprocess")(images[..., ::-1])
 
 
-def copy_of(model, trainable):
-    """Returns a copy of a model with the same weights."""
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    copy.trainable = trainable
-    return copy
-
-
 def build_head(config, num_features):
     """Returns the classifier: features (n, num_features) to probabilities (n, 100)."""
     features = hidden = keras.Input((num_features,), name="features")
@@ -234,18 +223,27 @@ def build_head(config, num_features):
 
 
 def build_vgg(config, base):
-    """Returns the network of a `VggConfig`, and the part of it that is trained, which takes `trained_on(config)`."""
-    head = build_head(config, 1280 if config.image_size > IMAGE_SIZE else 512)
+    """Returns the head of a `VggConfig`, and the whole network that is saved, which takes `saved_with(config)`.
+
+    The network has copies of those parts of `base` that are trained, and takes the output of the others.
+    """
+
+    def copy_of(model, trainable):
+        copy = keras.models.clone_model(model)
+        copy.set_weights(model.get_weights())
+        copy.trainable = trainable
+        return copy
+
     if config.image_size > IMAGE_SIZE:  # the head alone: both files of the base are needed anyway
+        head = build_head(config, 1280)
         return head, head
-    block_5 = copy_of(base.block_5, trainable=config.trained != "head")
+    head = build_head(config, 512)
     maps = keras.Input((2, 2, 512), name="maps")
-    tail = keras.Model(maps, head(block_5(maps)))
+    tail = keras.Model(maps, head(copy_of(base.block_5, trainable=config.trained != "head")(maps)))
     if config.trained != "all":
-        return tail, head if config.trained == "head" else tail
+        return head, tail
     images = keras.Input(IMAGE_SHAPE, name="images")
-    whole = keras.Model(images, tail(copy_of(base.blocks_1_to_4, trainable=True)(images)))
-    return whole, whole
+    return head, keras.Model(images, tail(copy_of(base.blocks_1_to_4, trainable=True)(images)))
 
 
 def build_pooled(base, size):
@@ -483,39 +481,51 @@ def saved_with(config):
 
 
 def train_vgg(config, splits, features, seed, *, folder, resume):
-    """Trains a classifier on VGG16, or resumes it from its checkpoint in `folder`.
+    """Trains a classifier on VGG16, or resumes it from its checkpoints in `folder`.
 
-    `splits` is a dict of `Cifar100Images`. Returns the network, learning curves and seconds, without those of computing
-    `Features`.
+    A head of random weights would send large gradients into the base, so it comes first, on frozen features (Chollet
+    2021, section 8.3.2). `splits` is a dict of `Cifar100Images`. Returns the network, the learning curves of its last
+    part, and the seconds of all parts, without those of computing `Features`.
     """
     keras.utils.set_random_seed(seed)
-    network, trained = build_vgg(config, features.base)
-    kind = trained_on(config)
-    labels = {part: one_hot(splits[part].labels) for part in ("train", "validation")}
-    inputs = {part: features(kind, splits[part].images) for part in labels}
-    images = augmented = keras.Input(trained.input_shape[1:])
-    if config.mirrored and kind == "images":
-        augmented = layers.RandomFlip("horizontal", seed=seed)(images)
-    elif config.mirrored:
-        inputs["train"] = np.concatenate([inputs["train"], features(kind, splits["train"].images, mirrored=True)])
-        labels["train"] = np.concatenate([labels["train"], labels["train"]])
-    steps = training.count_steps(len(inputs["train"]), config)
-    rate = training.cosine_schedule(config.learning_rate, steps)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
-    optimizer.exclude_from_weight_decay(var_names=["bias"])
-    model = keras.Model(images, trained(augmented))
-    compile_model(model, optimizer, config.label_smoothing, steps)
-    curves, seconds = training.fit(
-        model,
-        inputs["train"],
-        labels["train"],
-        config=config,
-        seed=seed,
-        folder=folder,
-        resume=resume,
-        validation_data=(inputs["validation"], labels["validation"]),
-    )
-    models.round_to_grid(trained)
+    head, network = build_vgg(config, features.base)
+    parts = [(head, config if config.trained == "head" else HEAD)]
+    if config.trained != "head":
+        parts.append((network, config))
+    seconds = 0.0
+    for number, (part, part_config) in enumerate(parts):
+        inputs, labels = ({}, {})
+        for name in ("train", "validation"):
+            inputs[name] = features(trained_on(part_config), splits[name].images)
+            labels[name] = one_hot(splits[name].labels)
+        fast = models.for_prediction(part)  # which computes in bfloat16 where that is faster
+        images = augmented = keras.Input(part.input_shape[1:])
+        if part_config.mirrored and part_config.trained == "all":
+            augmented = layers.RandomFlip("horizontal", seed=seed)(images)
+        elif part_config.mirrored:
+            mirrored = features(trained_on(part_config), splits["train"].images, mirrored=True)
+            inputs["train"] = np.concatenate([inputs["train"], mirrored])
+            labels["train"] = np.concatenate([labels["train"], labels["train"]])
+        steps = training.count_steps(len(inputs["train"]), part_config)
+        rate = training.cosine_schedule(part_config.learning_rate, steps)
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=part_config.weight_decay)
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        model = keras.Model(images, fast(augmented))
+        compile_model(model, optimizer, part_config.label_smoothing, steps)
+        curves, part_seconds = training.fit(
+            model,
+            inputs["train"],
+            labels["train"],
+            config=part_config,
+            seed=seed,
+            folder=folder / f"part_{number + 1}",
+            resume=resume,
+            precision=training.fast_precision(),
+            validation_data=(inputs["validation"], labels["validation"]),
+        )
+        models.set_weights(part, fast.get_weights())
+        models.round_to_grid(part)
+        seconds += part_seconds
     return network, curves, seconds
 
 
