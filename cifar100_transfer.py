@@ -638,13 +638,15 @@ def report(arguments):
     splits, dataset = load_splits(arguments.data_dir, sample=arguments.sample, quick=arguments.quick)
     test, part = splits["test"], "sample" if arguments.sample else "test"
     features, rows, written, cards, measured, probabilities = None, [], [], {}, {}, {}
-    for name in [arguments.model] if arguments.model else SAVED:
+    everything = CONFIGS if arguments.quick else SAVED  # with --quick there is one seed of each
+    for name in [arguments.model] if arguments.model else everything:
         network, cards[name] = models.load_model(folder / f"{name}.keras", SCRIPT)
         if isinstance(SAVED[name], VggConfig):
             features = features or get_features(arguments)
         measured[name], probabilities[name] = evaluate(network, SAVED[name], features, test)
-    if set(MEMBERS) <= probabilities.keys():  # the card of the best network has the metrics of the ensemble
-        probabilities["ensemble"] = np.mean([probabilities[name] for name in MEMBERS], axis=0)
+    if not arguments.model:  # the card of the best network has the metrics of the ensemble, too
+        members = [name for name in MEMBERS if name in everything]
+        probabilities["ensemble"] = np.mean([probabilities[name] for name in members], axis=0)
         measured["ensemble"] = classification_metrics(probabilities["ensemble"], test.labels)
         measured[BEST] |= {f"ensemble_{metric}": value for metric, value in measured["ensemble"].items()}
     for name, card in cards.items():
@@ -661,7 +663,7 @@ def report(arguments):
     if "ensemble" in measured:
         pairs = confused_pairs(probabilities[BEST].argmax(1), test.labels, 10)
         summary["confused_pairs"] = [[dataset.class_names[a], dataset.class_names[b], count] for a, b, count in pairs]
-        summary["ensemble"] = {"members": list(MEMBERS), "test": measured["ensemble"]}
+        summary["ensemble"] = {"members": members, "test": measured["ensemble"]}
     plan = results.optional_module("experiments", SCRIPT)
     if plan:
         means = ("train_accuracy", "seconds")
@@ -690,7 +692,8 @@ def draw_figures(plots, summary, cards, probabilities, test, class_names, argume
         taken = ((test.labels == a) & (predicted == b)) | ((test.labels == b) & (predicted == a))
         pairs[f"{class_names[a]}, {class_names[b]}: {count}"] = test.images[np.flatnonzero(taken)[:6]]
     reliabilities = {name: reliability(probabilities[name], test.labels) for name in (BEST, "ensemble")}
-    order = [*MEMBERS, *(name for name in reversed(MODELS) if name not in MEMBERS)]
+    order = summary["ensemble"]["members"]
+    order = [*order, *(name for name in reversed(MODELS) if name not in order)]
     members = np.stack([probabilities[name] for name in order])
     of_members, of_ensembles = (
         (each.argmax(2) == test.labels).mean(1) for each in (members, np.cumsum(members, axis=0))
