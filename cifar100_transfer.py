@@ -158,9 +158,11 @@ def build_base(weights):
     except (OSError, ValueError) as error:
         raise UserError(f"{weights} is damaged ({reason(error)}); delete it and try again") from error
     models.round_to_grid(whole)
-    block_4 = whole.get_layer("block4_pool").output
-    block_5 = keras.Model(block_4, layers.GlobalAveragePooling2D()(whole.output))
-    return VggBase(keras.Model(images, block_4, name="blocks_1_to_4"), keras.Model(maps, block_5(maps), name="block_5"))
+    features = maps
+    for layer in whole.layers[-4:]:  # three convolutions and pooling
+        features = layer(features)
+    block_5 = keras.Model(maps, layers.GlobalAveragePooling2D()(features), name="block_5")
+    return VggBase(keras.Model(images, whole.get_layer("block4_pool").output, name="blocks_1_to_4"), block_5)
 
 
 def preprocess(images):
@@ -190,7 +192,8 @@ def build_vgg(config, base):
     def copy_of(model, trainable):
         copy = keras.models.clone_model(model)
         copy.set_weights(model.get_weights())
-        copy.trainable = trainable
+        for layer in copy.layers:
+            layer.trainable = trainable
         return copy
 
     if config.image_size > IMAGE_SIZE:  # the head alone: both files of the base are needed anyway

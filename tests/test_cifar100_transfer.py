@@ -118,8 +118,10 @@ def test_features_are_computed_again_for_other_images_and_other_weights(base, tm
 def test_trainable_parameters_of_the_vgg_models(base):
     head = 512 * 100 + 100
     block_5 = 3 * (512 * 512 * 9 + 512)
+    _, frozen = script.build_vgg(script.CONFIGS["vgg_features"], base)  # whose block 5 is what --load finds
+    restored = script.VggBase(base.blocks_1_to_4, frozen.get_layer("block_5"))
     counts = {
-        name: script.models.parameter_counts(script.build_vgg(config, base)[1])["trainable"]
+        name: script.models.parameter_counts(script.build_vgg(config, restored)[1])["trainable"]
         for name, config in script.CONFIGS.items()
         if isinstance(config, script.VggConfig)
     }
