@@ -46,7 +46,7 @@ ROWS = {
         "real images {references/validation_pictures/category_agreement *100 .1f} %",
     ),
     "fashion_cifar_mlp_cnn": (
-        "[Fashion-MNIST and CIFAR-10](report/fashion_cifar_mlp_cnn.md): Géron's MLP and CNN, tuned",
+        "[Fashion-MNIST and CIFAR-10](report/idl_assignment1.md): Géron's MLP and CNN, tuned",
         "accuracy: Fashion-MNIST MLP, CNN; CIFAR-10 MLP, CNN",
         "{models/fashion_mlp_best/mean/test .2f} ± {models/fashion_mlp_best/std/test .2f}, "
         "{models/fashion_cnn_best/mean/test .2f} ± {models/fashion_cnn_best/std/test .2f}; "
@@ -57,7 +57,7 @@ ROWS = {
         "[94.9 %](https://github.com/zalandoresearch/fashion-mnist)",
     ),
     "tell_the_time": (
-        "[Reading a clock](report/tell_the_time.md), rendered, 150 x 150",
+        "[Reading a clock](report/idl_assignment1.md), rendered, 150 x 150",
         "mean common-sense error",
         "{test/mean_minutes .2f} min (n = {models/best_150/seeds d})",
         "the brief asks for less than 10 min",
