@@ -72,7 +72,7 @@ ROWS = {
         "([weiaicunzai](https://github.com/weiaicunzai/pytorch-cifar100))",
     ),
     "voc_segmentation": (
-        "[PASCAL VOC 2012](report/voc_segmentation.md): foreground, U-Nets from scratch",
+        "[PASCAL VOC 2012](report/ann_homework2.md): foreground, U-Nets from scratch",
         "IoU: transposed convolution; bilinear",
         "{models/unet_transposed/seeds/foreground_iou/mean .3f} ± "
         "{models/unet_transposed/seeds/foreground_iou/std .3f}; "
@@ -154,7 +154,7 @@ def models_index():
             lines += ["", f"## `{script}`", ""]
             lines += ["| model | MB | parameters | epochs | minutes | test | sha256 |", "|---|---|---|---|---|---|---|"]
         weights = next(each for each in path.parent.glob(f"{path.stem}.*") if each != path)
-        metrics = [f"{name} {value:.4g}" for name, value in card["metrics"]["test"].items() if isinstance(value, float)]
+        metrics = [f"{name} {value:.4g}" for name, value in card["metrics"].get("test", {}).items() if isinstance(value, float)]
         lines.append(
             f"| [`{weights.name}`]({path.parent.name}/{path.name}) | {weights.stat().st_size / 1e6:.1f} "
             f"| {card['parameters']['total']:,} | {card['epochs']:g} | {card['seconds'] / 60:.1f} "
