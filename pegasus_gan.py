@@ -731,7 +731,7 @@ def write_png(images, path, scale):
 def main(argv=None):
     flags = cli.parser(__doc__, list(CONFIGS))
     group = flags.add_argument_group("drawing, with --load; needs no dataset")
-    group.add_argument("--samples", type=cli.whole_number(1, 10_000), metavar="N", help="images (default: 64)")
+    group.add_argument("--samples", type=cli.number(int, 1, 10_000), metavar="N", help="images (default: 64)")
     group.add_argument("--method", choices=WAYS[:3], help="of drawing winged horses (default: composition)")
     group.add_argument("--wings", choices=list(WINGED), help="where they come from (default: both in turn)")
     group.add_argument("--class", choices=CLASSES, dest="class_name", help="draws this class instead")
