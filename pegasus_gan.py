@@ -20,7 +20,6 @@ from common import startup  # isort: skip  # noqa: F401  (before Keras is import
 
 import dataclasses
 import functools
-import importlib.util
 import math
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ from scipy.spatial.distance import pdist
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from common import augmentation, cli, diffusion, gan, masks, metrics, models, results, training
+from common import augmentation, cli, diffusion, fid, gan, masks, metrics, models, results, training
 from common.datasets import LabelledImages, load_cifar10
 from common.diffusion import Composition, convolution
 from common.errors import UserError
@@ -460,21 +459,12 @@ def generate(name, model, config, classes, seed, sampling=SAMPLING, quick=False)
 
 
 def generator_fid(images, real, arguments):
-    """Returns the Fréchet distance in 768-d Inception features as a dict, empty where it cannot be measured."""
-    if importlib.util.find_spec("common.fid") is None or len(images) < 1000:
+    """Returns the distances in 768-d Inception features to as many real images: dict, empty for too few images."""
+    if len(images) < fid.MIN_IMAGES:
         return {}
-    from common import fid
-
-    features = (fid.features(each, arguments.data_dir) for each in (images, real[: len(images)]))
-    return {"fid_768": metrics.frechet_distance(*features)}
-
-
-def fid_scale(splits, arguments):
-    """Returns the Fréchet distance to the test images of as many training images, blurred test images, and noise."""
-    test = splits["test"].images
-    noise = np.random.default_rng(0).integers(0, 256, test.shape, "uint8")
-    sets = {"train": splits["train"].images, "blurred": ndimage.gaussian_filter(test, (0, 1, 1, 0)), "noise": noise}
-    return {name: generator_fid(images[: len(test)], test, arguments) for name, images in sets.items()}
+    weights = fid.load_network(arguments.data_dir)
+    known = fid.cached_features(weights, real[: len(images)], arguments.data_dir, "test images")
+    return fid.compare(fid.features(weights, images, "samples"), known)
 
 
 def measure_generator(name, model, config, judge, split, arguments, on_sample):
@@ -642,7 +632,9 @@ def report(arguments, measured=None):
             | {part: measured[name][0]}
             for name, (_, _, card) in restored.items()
         }
-        summary = {"script": f"{SCRIPT}.py", "models": of_models, "seeds": 1, "fid_scale": fid_scale(splits, arguments)}
+        summary = {"script": f"{SCRIPT}.py", "models": of_models, "seeds": 1}
+        if not arguments.sample and not arguments.quick:
+            summary["fid_scale"] = fid.scale(arguments.data_dir, splits["train"].images, splits["test"].images)
         written.append(results.write_results(SCRIPT, arguments, summary))
     plots = results.optional_module("plots", SCRIPT)
     path, numbers = results.recorded_path(arguments, f"{SCRIPT}_experiments.csv"), ("score", "above_half")
