@@ -66,7 +66,7 @@ class Config:
     average: float = 0.999  # momentum of the moving average of the weights
     learning_rate: float = 1e-3  # the highest one of the schedule
     batch_size: int = 128
-    epochs: int = 24  # of 67,200 images: 48,000, and those of `OVERSAMPLED` once more
+    epochs: int = 32  # of 67,200 images: 48,000, and those of `OVERSAMPLED` once more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class GanConfig:
     average: float = 0.999  # momentum of the moving average of the weights
     learning_rate: float = 3e-4  # the highest one of the schedule
     batch_size: int = 64
-    epochs: int = 14
+    epochs: int = 18
 
 
 @dataclasses.dataclass(frozen=True)
