@@ -633,7 +633,7 @@ def report(arguments, measured=None):
             for name, (_, _, card) in restored.items()
         }
         summary = {"script": f"{SCRIPT}.py", "models": of_models, "seeds": 1}
-        if not arguments.sample and not arguments.quick:
+        if {"diffusion", "gan"} & set(names) and not arguments.sample and not arguments.quick:
             summary["fid_scale"] = fid.scale(arguments.data_dir, splits["train"].images, splits["test"].images)
         written.append(results.write_results(SCRIPT, arguments, summary))
     plots = results.optional_module("plots", SCRIPT)
