@@ -21,14 +21,12 @@ from common import startup  # isort: skip  # noqa: F401  (before Keras is import
 
 import dataclasses
 import functools
-import math
 import time
 from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import layers, ops
-from PIL import Image
 
 from common import cli, diffusion, metrics, models, results, training
 from common.datasets import SMALLNORB_CATEGORIES as CATEGORIES
@@ -36,6 +34,7 @@ from common.datasets import SMALLNORB_ELEVATION_DEGREES as DEGREES
 from common.datasets import area_average, load_smallnorb
 from common.errors import UserError
 from common.files import replacing
+from common.images import write_grid
 
 SCRIPT = "task2_diffusion"
 FEATURE_SCRIPT, FEATURE_MODEL, FEATURE_LAYER = "task1_smallnorb_cnn", "plain", "features"  # the space of the distances
@@ -249,20 +248,9 @@ def train(arguments):
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def model_path(arguments, name):
-    """Returns where the model "network" or "judge" is: in the output directory or, where it is not, the repository."""
-    path = models.models_folder(arguments.output_dir, SCRIPT) / f"{name}.keras"
-    return path if path.exists() else models.models_folder(cli.REPOSITORY, SCRIPT) / path.name
-
-
 def restore(arguments, name):
     """Restores "network" or "judge"; returns the model, its config and its card."""
-    model, card = models.load_model(model_path(arguments, name), SCRIPT)
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in card["config"].items()}
-    try:
-        return model, type(CONFIGS[name])(**fields), card
-    except TypeError as error:
-        raise UserError(f"the card of {name} has another config ({error}); {models.RESTORE}") from error
+    return models.restore(models.model_path(arguments.output_dir, SCRIPT, name), SCRIPT, type(CONFIGS[name]))
 
 
 def build_sampler(network, config, sampling):
@@ -460,7 +448,8 @@ def report(arguments, evaluation=None):
         if arguments.record:
             found = {each: (size, measured[name][each]) for each, size in sizes.items()}
             found = {"sample": found["test"]} if arguments.sample else found
-            results.record_metrics(model_path(arguments, name), None if arguments.sample else checksums, **found)
+            path = models.model_path(arguments.output_dir, SCRIPT, name)
+            results.record_metrics(path, None if arguments.sample else checksums, **found)
     if arguments.train or (arguments.record and not arguments.sample):
         summary = summarise(cards, measured, evaluation, read_experiments(arguments))
         written.append(results.write_results(SCRIPT, arguments, summary))
@@ -556,14 +545,8 @@ def sample_conditionally(arguments):
     sampling = dataclasses.replace(SAMPLING, **{name: value for name, value in changed.items() if value is not None})
     sampler = build_sampler(models.for_prediction(network), config, sampling)
     images = generate(sampler, category, elevation, arguments.seed)
-    columns = math.ceil(math.sqrt(count))
-    white = np.full((-count % columns, *IMAGE_SHAPE[:2]), 255, "uint8")  # fills the last row
-    grid = np.concatenate([images, white]).reshape(-1, columns, *IMAGE_SHAPE[:2]).transpose(0, 2, 1, 3)
-    grid = grid.reshape(-1, columns * IMAGE_SIZE).repeat(2, axis=0).repeat(2, axis=1)
     name = f"{arguments.category or 'any'}_{arguments.elevation or 'any'}_seed_{arguments.seed}.png"
-    path = arguments.output_dir / "runs" / SCRIPT / name
-    with replacing(path) as temporary:
-        Image.fromarray(grid).save(temporary, format="PNG")
+    path = write_grid(images, arguments.output_dir / "runs" / SCRIPT / name, 2)
     with replacing(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, images=images, category=category, elevation=DEGREES[elevation])
     return path, path.with_suffix(".npz")
