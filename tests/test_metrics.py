@@ -64,3 +64,8 @@ def test_nearest_neighbours_are_found_and_their_distance_does_not_round():
     distance, index = metrics.nearest_neighbours(images, training_images)
     assert index.tolist() == [7, 3]
     assert distance == pytest.approx([0, (1 / 36) ** 0.5])
+
+
+def test_the_mean_distance_of_images():
+    images = np.stack([np.full((2, 2, 3), value, "uint8") for value in (0, 10, 30)])
+    assert metrics.mean_distance(images) == pytest.approx((10 + 20 + 30) / 3)

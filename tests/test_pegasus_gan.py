@@ -278,11 +278,6 @@ def test_a_judge_that_knows_both_is_perfect():
     assert measured["accuracy"] == pytest.approx(8 / 12)
 
 
-def test_the_mean_distance_of_images():
-    images = np.stack([np.full((2, 2, 3), value, "uint8") for value in (0, 10, 30)])
-    assert script.mean_distance(images) == pytest.approx((10 + 20 + 30) / 3)
-
-
 # --------------------------------------------------------------------------------------------------------- experiments
 
 
