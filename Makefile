@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SCRIPTS = $(patsubst %.py,%,$(wildcard *.py))
 
-.PHONY: demo test lint bench figures numbers clean
+.PHONY: demo test lint bench figures numbers reports clean
 
 demo: .venv/.run  ## restore every model, measure it on the samples, show the numbers and figures; needs no network
 	$(BIN)/python report/demo.py
@@ -20,8 +20,11 @@ bench: .venv/.run  ## how fast --train feeds its network, beside a bare model.fi
 figures: .venv/.run  ## every figure again from the saved models and the full datasets
 	set -e; for script in $(SCRIPTS); do $(BIN)/python $$script.py --load; done
 
-numbers: .venv/.run  ## put the measured numbers into README.md, the index of the saved models and the reports
+numbers: .venv/.run  ## put the measured numbers into README.md, the index of the saved models and the pages of scripts
 	$(BIN)/python report/numbers_and_tables.py
+
+reports: .venv/.test  ## the reports, report/*.pdf and their Markdown, from report/*/report.md and the measured numbers
+	$(BIN)/python report/build_reports.py
 
 clean:
 	rm -rf .venv runs

@@ -13,7 +13,7 @@ category and elevation. Sampling starts from Gaussian noise and denoises it in 3
 Good samples look like the training images (Fréchet and kernel distance), show what they are conditioned on (an
 evaluation classifier agrees), and are not memorised (nearest training images, and those of held-out images).
 
-10,000 samples, n = 1 seed: Fréchet distance to the test images 1.66 (training images: 0.89), category agreement 97.5 %,
+10,000 samples, n = 1 seed: Fréchet distance to held-out images 1.31 (training images: 0.10), category agreement 97.5 %,
 elevation error 4.29 degrees (held-out images: 1.54). Training took 35 minutes on 2 cores of an Intel Xeon with AMX.
 """
 
@@ -353,10 +353,12 @@ def evaluate(network, config, classifier, images, seed, *, sample, quick):
     # As many training images as samples: what a perfect model of the training images would reach.
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(images["train"].images))[:count]
+    floor = distances(real["train"][chosen], real["validation"])
     blurred = low_resolution(images["test"].images)
     noise = generator.integers(0, 256, samples.shape, "uint8")
     references |= {  # their names are paths in the results file
-        "train_pictures": distances(real["train"][chosen], real["test"]),
+        "train_pictures": distances(real["train"][chosen], real["test"])
+        | {f"{name}_to_validation": value for name, value in floor.items()},
         "shrunken_test_pictures": distances(extract_features(feature_network, blurred), real["test"]),
         "noise": distances(extract_features(feature_network, noise), real["test"]),
     }
@@ -475,15 +477,12 @@ def summarise(cards, measured, evaluation, table):
     summary = {"script": f"{SCRIPT}.py", "models": of_models}
     if "network" not in cards:
         return summary
-    floor = evaluation.references["train_pictures"]
-    ratios = {f"{name}_over_floor": evaluation.metrics["test"][name] / value for name, value in floor.items()}
     references = dict(evaluation.references)
     for part, agreed in measured["judge"].items():
         references[f"{part}_pictures"] = references[f"{part}_pictures"] | agreed
     return {
         **summary,
         **evaluation.metrics,
-        "test": evaluation.metrics["test"] | ratios,
         "references": references,
         "samples": len(evaluation.images),
         "sampling": dataclasses.asdict(evaluation.sampler.sampling),

@@ -227,6 +227,6 @@ def for_prediction(model, num_images=FEW_IMAGES):
             config["dtype"] = precision
         return type(layer).from_config(config)
 
-    fast = keras.models.clone_model(model, clone_function=copy)
+    fast = keras.models.clone_model(model, clone_function=copy, recursive=True)
     set_weights(fast, model.get_weights())
     return fast

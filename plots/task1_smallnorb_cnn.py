@@ -8,9 +8,9 @@ from common import figures
 POOR_ACCURACY = 0.9  # below which a test toy is marked
 # From a metric of the experiments to the label of its axis and to the number that is shown.
 SHOWN_METRICS = {
-    "category_accuracy": ("category error\nin %", lambda values: 100 * (1 - np.array(values))),
-    "elevation_mae_degrees": ("elevation error\nin degrees (MAE)", np.array),
-    "elevation_mae_degrees_background_repainted": ("with repainted background\nin degrees (MAE)", np.array),
+    "category_accuracy": ("category error\n(%)", lambda values: 100 * (1 - np.array(values))),
+    "elevation_mae_degrees": ("elevation error\n(°)", np.array),
+    "elevation_mae_degrees_background_repainted": ("with repainted\nbackground (°)", np.array),
 }
 
 
@@ -23,7 +23,7 @@ def draw_samples(pairs, names, path):
     ]
     views = pairs.images.transpose(0, 3, 1, 2).reshape(-1, *pairs.images.shape[1:3])
     title = "Training toys as the two cameras see them, with the elevation of the cameras"
-    return figures.save(figures.image_grid(views, 8, titles, title=title), path)
+    return figures.save(figures.image_grid(views, 8, titles, title=title, width=8.0), path)
 
 
 def draw_learning_curves(curves, held_out_curves, path):
@@ -31,7 +31,7 @@ def draw_learning_curves(curves, held_out_curves, path):
 
     `curves` is a dict from metric to list, `held_out_curves` one from fold to such a dict, also with validation.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     shown = (
         ("category_accuracy", "category error in %", lambda values: 100 * (1 - np.array(values))),
         ("elevation_mae", "elevation error (MAE) in degrees", np.array),
@@ -151,11 +151,11 @@ def draw_shortcut(images, metrics, references, path):
 def draw_experiments(values, path):
     """Draws every experiment with one point per fold. `values` is {metric: {experiment: one number per fold}}."""
     count = len(next(iter(values.values())))
-    figure, axes = plt.subplots(1, len(SHOWN_METRICS), figsize=(11, 0.24 * count + 1.4), sharey=True)
+    figure, axes = plt.subplots(1, len(SHOWN_METRICS), figsize=(8.5, 0.22 * count + 1.3), sharey=True)
     for panel, (metric, (label, convert)) in zip(axes, SHOWN_METRICS.items(), strict=True):
         shown = {name: convert(folds) for name, folds in values[metric].items()}
         figures.experiments(panel, shown, "baseline", label)
-    title = "Each change from the baseline (grey line): one point per held-out fold, and their mean"
+    title = "Each change from the baseline (grey line): one point per fold held out, and their mean"
     figure.suptitle(title, x=0.01, ha="left")
     return figures.save(figure, path)
 

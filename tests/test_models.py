@@ -219,3 +219,13 @@ def test_every_committed_card_is_whole_and_belongs_to_its_weights():
         assert card["metrics"]["sample"]
         assert card["metrics"]["test"]
         assert "recipe" not in card
+
+
+def test_kernels_rounded_to_a_grid_are_close_and_exact_in_16_bits():
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
+    before = model.get_weights()[0]
+    models.round_to_grid(model)
+    after = model.get_weights()[0]
+    assert np.array_equal(after, after.astype("float16"))
+    assert 0 < np.abs(after - before).max() <= before.std() / 32
+    assert len(np.unique(after)) < 300

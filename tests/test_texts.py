@@ -1,4 +1,4 @@
-"""Every number in README.md, the index of the saved models and the reports is the measured one."""
+"""Every number in README.md, the index of the saved models and the pages of scripts is the measured one."""
 
 import re
 import sys
@@ -18,8 +18,8 @@ def test_texts_equal_the_results(path):
     assert path.read_text() == numbers.texts()[path], "run `make numbers`"
 
 
-@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.name)
-def test_reports_have_numbers_tied_to_results(path):
+@pytest.mark.parametrize("path", numbers.pages(), ids=lambda path: path.name)
+def test_pages_have_numbers_tied_to_results(path):
     assert numbers.MARKED.search(path.read_text())
 
 
