@@ -40,6 +40,7 @@ BARE_RUNS = {  # backend -> script -> the fastest model to train that it draws f
         "cifar100_transfer": ("own_1", {"filters": (4, 6, 8)}),
         "tell_the_time": ("classes_24", {"width": 4, "augment": False}),
         "voc_segmentation": ("unet_bilinear", {"widths": (4, 8)}),
+        "pegasus_gan": ("judge_a", {}),
     },
     "jax": {"fashion_cifar_mlp_cnn": ("cifar_cnn_3", {}), "addnist_classifier": ("shared", {})},
 }
