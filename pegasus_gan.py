@@ -299,7 +299,7 @@ def train_network(name, config, splits, seed, **checkpoint):
         build, wrap = build_judge, functools.partial(JudgeTrainer, seed=seed)
         optimizer = functools.partial(keras.optimizers.AdamW, weight_decay=0.02)
     elif name == "diffusion":
-        build, optimizer = build_network, diffusion.averaging_optimizer(config.average)
+        build, optimizer = build_network, diffusion.averaging_optimizer(config.average, global_clipnorm=1.0)
         options = {"null_labels": NULL, "normalize": normalize, "flip": True}
         wrap = functools.partial(diffusion.Trainer, config=config, seed=seed, **options)
     else:

@@ -229,9 +229,9 @@ def train_network(build, wrap, optimizer, config, examples, seed, validation=Non
     return full_precision, curves, seconds
 
 
-def averaging_optimizer(average):
+def averaging_optimizer(average, **options):
     """Returns the function from a schedule to AdamW with a moving average of the weights; momentum 0 for none."""
-    options = {"weight_decay": 1e-3, "use_ema": average > 0, "ema_momentum": average}
+    options = {"weight_decay": 1e-3, "use_ema": average > 0, "ema_momentum": average, **options}
     return lambda schedule: keras.optimizers.AdamW(schedule, **options)
 
 
