@@ -1,6 +1,9 @@
 """Metrics that Keras and scikit-learn lack: the spread of seeds, and distances between two sets of images."""
 
+import math
+
 import numpy as np
+from scipy.spatial.distance import pdist
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
@@ -97,6 +100,11 @@ def nearest_neighbours(images, training_images):
         # Measured again at the nearest one: the short formula above cancels where two images are almost the same.
         distance[start : start + 500] = np.sqrt(np.mean(np.square(chunk - training[nearest]), axis=1))
     return distance, index
+
+
+def mean_distance(images):
+    """Returns the mean root mean squared difference between any two images, uint8 (n, ...), in grey levels."""
+    return float(pdist(images.reshape(len(images), -1)).mean() / math.sqrt(images[0].size))
 
 
 def _checked(first, second):

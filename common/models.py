@@ -107,6 +107,22 @@ def models_folder(output_dir, script):
     return folder if folder.is_dir() else REPOSITORY / "saved_models" / script
 
 
+def model_path(output_dir, script, name):
+    """Returns where one model is: in the output directory or, where it is not, in the repository."""
+    path = models_folder(output_dir, script) / f"{name}.keras"
+    return path if path.exists() else models_folder(REPOSITORY, script) / path.name
+
+
+def restore(path, script, config_type):
+    """Returns a model that `save_model` wrote, uncompiled, its config, a `config_type`, and its card."""
+    model, card = load_model(path, script)
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in card["config"].items()}
+    try:
+        return model, config_type(**fields), card
+    except TypeError as error:
+        raise UserError(f"the card of {path} has another config ({error}); {RESTORE}") from error
+
+
 def save_model(model, path, card, compresslevel=6):
     """Writes `model` to `path` (`<name>.keras`, without optimizer state) and its card beside it (`<name>.json`).
 

@@ -129,7 +129,8 @@ def fill_readme(text):
 
 def models_index():
     """Returns the text of `saved_models/README.md`."""
-    cards = [(path, json.loads(path.read_text())) for path in sorted(SAVED.glob("*/*.json"))]
+    every = [(path, json.loads(path.read_text())) for path in sorted(SAVED.glob("*/*.json"))]
+    cards = [(path, card) for path, card in every if "script" in card]
     lines = [
         "# Saved models",
         "",
@@ -160,6 +161,15 @@ def models_index():
             f"| {card['parameters']['total']:,} | {card['epochs']:g} | {card['seconds'] / 60:.1f} "
             f"| {', '.join(metrics[:3])} | `{card['weights_sha256'][:16]}` |"
         )
+    lines += ["", "## Networks of others, which only measure", ""]
+    lines += ["| weights | MB | source | licence | sha256 |", "|---|---|---|---|---|"]
+    for path, card in every:
+        if "script" not in card:
+            weights = path.with_suffix(".npz")
+            lines.append(
+                f"| [`{weights.name}`]({path.parent.name}/{path.name}) | {weights.stat().st_size / 1e6:.1f} "
+                f"| {card['source']} | {card['licence']} | `{card['weights_sha256'][:16]}` |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -66,6 +66,11 @@ def test_nearest_neighbours_are_found_and_their_distance_does_not_round():
     assert distance == pytest.approx([0, (1 / 36) ** 0.5])
 
 
+def test_the_mean_distance_of_images():
+    images = np.stack([np.full((2, 2, 3), value, "uint8") for value in (0, 10, 30)])
+    assert metrics.mean_distance(images) == pytest.approx((10 + 20 + 30) / 3)
+
+
 def test_classification_metrics_of_a_known_case():
     probabilities = np.full((20, 100), 0.5 / 99)
     labels = np.arange(20)

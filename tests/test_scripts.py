@@ -40,6 +40,7 @@ BARE_RUNS = {  # backend -> script -> the fastest model to train that it draws f
         "cifar100_transfer": ("own_1", {"filters": (4, 6, 8)}),
         "tell_the_time": ("classes_24", {"width": 4, "augment": False}),
         "voc_segmentation": ("unet_bilinear", {"widths": (4, 8)}),
+        "pegasus_gan": ("judge_a", {}),
     },
     "jax": {"fashion_cifar_mlp_cnn": ("cifar_cnn_3", {}), "addnist_classifier": ("shared", {})},
 }
@@ -244,7 +245,7 @@ def test_sizes_of_the_code():
     lengths = {path: len(path.read_text().splitlines()) for path in REPOSITORY.glob("*.py")}
     assert not [path.name for path, length in lengths.items() if length > 750]
     common = sum(len(path.read_text().splitlines()) for path in (REPOSITORY / "common").glob("*.py"))
-    assert common < 2550
+    assert common < 3650
 
 
 def test_no_file_is_too_large():
