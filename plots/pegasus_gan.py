@@ -63,8 +63,9 @@ def draw_pegasus(images, chosen, path):
 
 def draw_unselected(images, way, path):
     """The first batch of one way, unselected."""
-    figure, axes = plt.subplots(figsize=(6, 6.3))
-    grid(axes, square(images), title=f"{WAYS[way]}: the first {len(images)}, unselected")
+    shown = square(images)
+    figure, axes = plt.subplots(figsize=(6, 6 * shown.shape[0] / shown.shape[1] + 0.3))
+    grid(axes, shown, title=f"{WAYS[way]}: the first {len(images)}, unselected")
     return figures.save(figure, path)
 
 
