@@ -37,10 +37,8 @@ BARE_RUNS = {  # backend -> script -> the fastest model to train that it draws f
     "tensorflow": {
         "task1_smallnorb_cnn": ("joint", {"width": 8}),
         "task2_diffusion": ("judge", {}),
-        "cifar100_transfer": ("own_1", {"filters": (4, 6, 8)}),
         "tell_the_time": ("classes_24", {"width": 4, "augment": False}),
         "voc_segmentation": ("unet_bilinear", {"widths": (4, 8)}),
-        "pegasus_gan": ("judge_a", {}),
     },
     "jax": {"fashion_cifar_mlp_cnn": ("cifar_cnn_3", {}), "addnist_classifier": ("shared", {})},
 }
@@ -245,7 +243,7 @@ def test_sizes_of_the_code():
     lengths = {path: len(path.read_text().splitlines()) for path in REPOSITORY.glob("*.py")}
     assert not [path.name for path, length in lengths.items() if length > 750]
     common = sum(len(path.read_text().splitlines()) for path in (REPOSITORY / "common").glob("*.py"))
-    assert common < 3650
+    assert common < 3450  # a third of it are the renderer of clocks, diffusion models and the network of FID
 
 
 def test_no_file_is_too_large():
