@@ -224,7 +224,7 @@ def test_a_card_with_another_config_is_a_user_error(tmp_path):
     (folder / "network.json").write_text(json.dumps({**card, "config": {"depth": 3}}))
     done = command("tensorflow", "--load", "--steps", "1", "--output-dir", tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the card of network has another config")
+    assert done.stderr.startswith(f"error: the card of {folder / 'network.keras'} has another config")
     assert len(done.stderr.splitlines()) == 1
 
 
