@@ -20,6 +20,7 @@ HEADLINES = {
     "task1_smallnorb_cnn": ("smallNORB: category", "joint", "category_accuracy"),
     "task2_diffusion": ("smallNORB: diffusion", "network", "category_agreement"),
     "fashion_cifar_mlp_cnn": ("Fashion-MNIST: CNN", "fashion_cnn_best", "accuracy"),
+    "cifar100_transfer": ("CIFAR-100", "own_3", "accuracy"),
     "tell_the_time": ("reading a clock", "best_150", "mean_minutes"),
     "voc_segmentation": ("VOC: foreground", "unet_bilinear", "foreground_iou"),
     "addnist_classifier": ("AddNIST", "shared", "accuracy"),

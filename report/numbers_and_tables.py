@@ -62,8 +62,17 @@ ROWS = {
         "{test/mean_minutes .2f} min (n = {models/best_150/seeds d})",
         "the brief asks for less than 10 min",
     ),
+    "cifar100_transfer": (
+        "[CIFAR-100](report/ann_homework2.md): VGG16, and own networks with at most 3 million parameters",
+        "accuracy: VGG16 frozen, with block 5 tuned, all tuned; own network; ensemble of own networks",
+        "{models/vgg_features/mean *100 .1f}, {models/vgg_top_block/mean *100 .1f}, {models/vgg_full/mean *100 .1f}; "
+        "{models/own_3/mean *100 .1f} ± {models/own_3/std *100 .1f} (n = {models/own_3/seeds d}); "
+        "{ensemble/test/accuracy *100 .1f} %",
+        "MobileNetV2 (2.4 M parameters) 68.1, ResNet-18 (11 M) 75.6 % after 200 epochs "
+        "([weiaicunzai](https://github.com/weiaicunzai/pytorch-cifar100))",
+    ),
     "voc_segmentation": (
-        "[PASCAL VOC 2012](report/voc_segmentation.md): foreground, U-Nets from scratch",
+        "[PASCAL VOC 2012](report/ann_homework2.md): foreground, U-Nets from scratch",
         "IoU: transposed convolution; bilinear",
         "{models/unet_transposed/seeds/foreground_iou/mean .3f} ± "
         "{models/unet_transposed/seeds/foreground_iou/std .3f}; "

@@ -37,6 +37,7 @@ BARE_RUNS = {  # backend -> script -> the fastest model to train that it draws f
     "tensorflow": {
         "task1_smallnorb_cnn": ("joint", {"width": 8}),
         "task2_diffusion": ("judge", {}),
+        "cifar100_transfer": ("own_1", {"filters": (4, 6, 8)}),
         "tell_the_time": ("classes_24", {"width": 4, "augment": False}),
         "voc_segmentation": ("unet_bilinear", {"widths": (4, 8)}),
     },

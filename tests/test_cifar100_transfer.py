@@ -3,12 +3,12 @@
 import dataclasses
 import json
 
-import cifar100_transfer as script
 import keras
 import numpy as np
 import pytest
 from conftest import REPOSITORY, run_script
 
+import cifar100_transfer as script
 from common import training
 from common.errors import UserError
 
