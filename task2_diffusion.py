@@ -144,7 +144,7 @@ def denormalize(images, value_range):
 def build_network(config):
     """Builds the U-Net: from a dict of `noisy` (n, 48, 48, 1), normalised, `time` and labels; see `build_unet`."""
     options = {"patch": PATCH, "widths": config.widths, "blocks": config.blocks, "attention": int(config.attention)}
-    return diffusion.build_unet(IMAGE_SHAPE, NUM_LABELS, **options)
+    return diffusion.build_unet(IMAGE_SHAPE, NUM_LABELS, input_norm=True, **options)
 
 
 def build_classifier():

@@ -80,7 +80,7 @@ def activated(features):
     return layers.ReLU()(layers.GroupNormalization(8)(features))
 
 
-def build_unet(image_shape, num_labels, *, patch, widths, blocks, attention, mixtures=False):
+def build_unet(image_shape, num_labels, *, patch, widths, blocks, attention, mixtures=False, input_norm=False):
     """Builds a U-Net (Ronneberger et al. 2015) of residual blocks, conditioned on time and labels.
 
     Args:
@@ -92,6 +92,7 @@ def build_unet(image_shape, num_labels, *, patch, widths, blocks, attention, mix
         attention: number of resolutions with self-attention, counted from the coarsest one.
         mixtures: labels are weights of the values (n, number), all 0 for none, which allows any mixture of values;
             otherwise they are integers (n,), and the number itself stands for none.
+        input_norm: whether blocks normalise their input as well, which takes half as much time again on a CPU.
 
     Returns a functional model of built-in layers, from a dict of `noisy` (n, *image_shape), `time` (n, 1), 0 to 1, and
     the labels, to velocity or noise, like `noisy`.
@@ -115,7 +116,9 @@ def build_unet(image_shape, num_labels, *, patch, widths, blocks, attention, mix
     def residual_block(features, filters):
         """Two convolutions; between them the condition scales and shifts every filter (Perez et al. 2018)."""
         shortcut = features if features.shape[-1] == filters else convolution(filters, 1)(features)
-        features = layers.GroupNormalization(8)(convolution(filters)(activated(features)))
+        features = convolution(filters)(activated(features) if input_norm else layers.ReLU()(features))
+        # The condition scales and shifts anyway.
+        features = layers.GroupNormalization(8, center=input_norm, scale=input_norm)(features)
         scale, shift = (layers.Dense(filters)(condition)[:, None, None] for _ in range(2))
         features = layers.ReLU()(features * (1 + scale) + shift)
         # Blocks start as identities, so that a deep network trains like a shallow one at first.

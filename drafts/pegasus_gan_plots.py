@@ -246,9 +246,9 @@ def draw_network(widths, patch, blocks, path):
     box(axes, 0, bottom, f"{sides[-1]} × {sides[-1]} × {widths[-1]}\nresidual block")
     conditioned = [(0, bottom)]
     for level, (side, filters) in enumerate(zip(sides, widths, strict=True)):
-        extra, y, beside = "\nself-attention" if level == last else "", -1.5 * level, edge if level < last else inner
+        y, beside = -1.5 * level, edge if level < last else inner
         for x in (-beside, beside):
-            box(axes, x, y, f"{side} × {side} × {filters}\n{block}{extra}")
+            box(axes, x, y, f"{side} × {side} × {filters}\n{block}")
             conditioned.append((x, y))
         if level < last:
             arrow(axes, (-edge, y), (edge, y), "skip connections:\nconcatenation", (-1.42, -0.17))
@@ -270,7 +270,7 @@ def draw_network(widths, patch, blocks, path):
     axes.text(-edge - 1.1, y + 0.75, "A residual block", fontsize=11)
     steps = [
         "input",
-        "group norm,\nReLU",
+        "ReLU",
         "convolution\n3 × 3",
         "group norm, scale\nand shift, ReLU",
         "convolution\n3 × 3",

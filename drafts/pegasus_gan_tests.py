@@ -136,7 +136,7 @@ def test_both_networks_learn_and_kernels_stay_bounded():
         moved = [np.abs(new - old).max() for new, old in zip(network.get_weights(), weights, strict=True)]
         assert min(moved) > 0
     (kernel,) = (w for w in trainer.discriminator.get_weights() if w.shape == (192, 4))
-    assert np.linalg.norm(kernel, 2) == pytest.approx(1, abs=0.05)
+    assert np.linalg.norm(kernel, 2) == pytest.approx(1, abs=0.15)
 
 
 def test_the_loss_of_the_generator_does_not_move_the_discriminator(monkeypatch):
