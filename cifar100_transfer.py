@@ -89,7 +89,7 @@ class VggConfig:
     hidden: tuple = ()  # units of the hidden dense layers of the head
     dropout: float = 0.0  # before each dense layer
     label_smoothing: float = 0.0
-    mirrored: bool = False  # whether the features of mirrored images are trained on, too
+    mirrored: bool = False  # the features of mirrored images are trained on, too; images are mirrored and shifted
     optimizer: str = "adamw"  # as in `Config`, like the rest
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
@@ -105,7 +105,7 @@ WIDE = Config((64, 192, 320), convolutions=(1, 1, 2), whitening=True, optimizer=
 CONFIGS = {
     "vgg_features": HEAD,
     "vgg_top_block": dataclasses.replace(TUNED, trained="top block", epochs=5),
-    "vgg_full": dataclasses.replace(TUNED, trained="all", batch_size=256, epochs=3),
+    "vgg_full": dataclasses.replace(TUNED, trained="all", dropout=0.3, learning_rate=2e-4, batch_size=256, epochs=6),
     "vgg_features_64": dataclasses.replace(HEAD, image_size=64),
     "own_1": dataclasses.replace(
         PLAIN, dropout=0.3, learning_rate=1e-3, weight_decay=1e-3, schedule="plateau", epochs=20
@@ -401,16 +401,19 @@ def train_own(config, split, seed, *, folder, resume, validation):
     return full_precision, curves, seconds
 
 
+def mirror_and_shift(images, seed):
+    factor = 2 / IMAGE_SIZE
+    shift = layers.RandomTranslation(factor, factor, "reflect", interpolation="nearest", seed=seed)  # no blur
+    shift.supports_jit = True  # Keras denies it of this layer, and would run every step uncompiled under JAX
+    return shift(layers.RandomFlip("horizontal", seed=seed)(images))
+
+
 def build_trained(network, config, size, seed):
     """Returns a model that takes uint8 images, augments them and gives them to `network` at a size."""
     side = min(size, IMAGE_SIZE)
     images = augmented = keras.Input((side, side, 3), dtype="uint8")
     if config.augmentation:
-        augmented = layers.RandomFlip("horizontal", seed=seed)(augmented)
-        factor = 2 / IMAGE_SIZE
-        shift = layers.RandomTranslation(factor, factor, "reflect", interpolation="nearest", seed=seed)  # no blur
-        shift.supports_jit = True  # Keras denies it of this layer, and would run every step uncompiled under JAX
-        augmented = shift(augmented)
+        augmented = mirror_and_shift(images, seed)
     if size > side:
         augmented = layers.Resizing(size, size)(augmented)
     return keras.Model(images, network(augmented))
@@ -450,7 +453,7 @@ def train_vgg(config, splits, features, seed, *, folder, resume):
         fast = models.for_prediction(part)  # which computes in bfloat16 where that is faster
         images = augmented = keras.Input(part.input_shape[1:])
         if part_config.mirrored and kind == "images":
-            augmented = layers.RandomFlip("horizontal", seed=seed)(images)
+            augmented = mirror_and_shift(images, seed)
         elif part_config.mirrored:
             inputs = np.concatenate([inputs, features(kind, splits["train"].images, mirrored=True)])
             targets = np.concatenate([targets, targets])
