@@ -76,8 +76,12 @@ def num_images(name):
 
 
 def planned_runs(seed):
-    """Returns every run in order: the baselines, then each experiment with the first seed, then with the next one."""
-    names = [name for name in EXPERIMENTS if name not in BASELINES]
-    runs = [(name, seed + number) for name in BASELINES for number in range(NUM_BASELINE_SEEDS)]
-    runs += [(name, seed + number) for number in range(NUM_SEEDS) for name in (*names, *ENSEMBLES)]
-    return [{"name": name, "seed": each} for name, each in runs]
+    """Returns every run in order: each experiment with the first seed, then with the next one; the ensembles last."""
+    runs = [
+        (name, number)
+        for number in range(NUM_BASELINE_SEEDS)
+        for name in EXPERIMENTS
+        if number < NUM_SEEDS or name in BASELINES
+    ]
+    runs += [(name, number) for number in range(NUM_SEEDS) for name in ENSEMBLES]
+    return [{"name": name, "seed": seed + number} for name, number in runs]
