@@ -213,10 +213,8 @@ def build_pooled(base, size):
 
     `size` is the side in pixels that the images are upsampled to.
     """
-    images = keras.Input(IMAGE_SHAPE, name="images")
-    blocks = keras.Model(
-        base.blocks_1_to_4.input, [base.blocks_1_to_4.get_layer("block3_pool").output, base.blocks_1_to_4.output]
-    )
+    images, first = keras.Input(IMAGE_SHAPE, name="images"), base.blocks_1_to_4
+    blocks = keras.Model(first.input, [first.get_layer("block3_pool").output, first.output])
     block_3, block_4 = blocks(layers.Resizing(size, size)(images))
     pooled = [layers.GlobalAveragePooling2D()(maps) for maps in (block_3, block_4)]
     return keras.Model(images, layers.Concatenate()([*pooled, base.block_5(block_4)]))
@@ -514,10 +512,9 @@ def train(arguments):
     sizes = {part: len(split.images) for part, split in splits.items()}
     about = {"name": dataset.name, "sha256": dataset.checksums, **sizes}
 
-    def save(network, name, **facts):
+    def save(network, name, seeds=(), **facts):
         path = arguments.output_dir / "saved_models" / SCRIPT / f"{name}.keras"
-        seeds = facts.pop("seeds", [])
-        card = models.card(SCRIPT, name, arguments, dataset=about, **facts) | {"seeds": seeds}
+        card = models.card(SCRIPT, name, arguments, dataset=about, **facts) | {"seeds": list(seeds)}
         models.save_model(network, path, card, 1 if arguments.quick else 9)  # three minutes for all models together
 
     for name in names:
@@ -529,8 +526,8 @@ def train(arguments):
             file_name = f"{name}_seed_{number}" if number else name
             if file_name in SAVED:
                 facts = {"config": config, "seed": seed, "curves": curves, "seconds": seconds}
-                metrics = {part: seeds[number][part] for part in splits}
-                save(network, file_name, metrics=metrics, seeds=[] if number else seeds, **facts)
+                facts["metrics"] = {part: seeds[number][part] for part in splits}
+                save(network, file_name, [] if number else seeds, **facts)
     if uses_vgg:
         untrained = {"config": dataclasses.replace(HEAD, epochs=0), "curves": {}, "seconds": 0.0, "metrics": {}}
         save(features.base.blocks_1_to_4, BLOCKS_1_TO_4, seed=arguments.seed, **untrained)
