@@ -49,7 +49,7 @@ CLASSES = {  # with as many optimisation steps each
     "50 classes": {"classes": 50, "epochs": 10},
     "25 classes": {"classes": 25, "epochs": 20},
 }
-EXPERIMENTS = {**OWN, **FAST, **CLASSES, **VGG}
+EXPERIMENTS = {**VGG, **OWN, **CLASSES, **FAST}
 NUM_SEEDS, NUM_BASELINE_SEEDS = 2, 5
 COMPARISONS = {  # title -> names, the first one of which is the baseline
     "our own network": list(OWN),
