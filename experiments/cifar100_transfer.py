@@ -76,12 +76,13 @@ def num_images(name):
 
 
 def planned_runs(seed):
-    """Returns every run in order: each experiment with the first seed, then with the next one; the ensembles last."""
+    """Returns every run in order: two of each baseline, all with the first seed, with the next one; the ensembles last."""
     runs = [
         (name, number)
         for number in range(NUM_BASELINE_SEEDS)
         for name in EXPERIMENTS
         if number < NUM_SEEDS or name in BASELINES
     ]
+    runs.sort(key=lambda run: run[0] not in BASELINES or run[1] >= NUM_SEEDS)  # no difference counts without noise
     runs += [(name, number) for number in range(NUM_SEEDS) for name in ENSEMBLES]
     return [{"name": name, "seed": seed + number} for name, number in runs]
