@@ -76,7 +76,7 @@ def num_images(name):
 
 
 def planned_runs(seed):
-    """Returns every run in order: two of each baseline, all with the first seed, with the next one; the ensembles last."""
+    """Returns every run in order: two of each baseline, all with the first seed, with the next; the ensembles last."""
     runs = [
         (name, number)
         for number in range(NUM_BASELINE_SEEDS)
