@@ -147,17 +147,15 @@ def draw_superclass_accuracy(accuracies, path):
 
 
 def draw_pairs(pairs, path):
-    """Test images of the most confused pairs of classes: dict from title to at most six images, a row each."""
-    figure = plt.figure(figsize=(10, 3.6))
+    """Test images of the most confused pairs of classes: dict from title to at most six images, a block each."""
+    figure = plt.figure(figsize=(10, 2.6))
     for part, (title, images) in zip(figure.subfigures(2, 3).flat, pairs.items(), strict=False):
         for axes in part.subplots(1, 6):
             axes.set_axis_off()
         for axes, image in zip(part.axes, images, strict=False):
             figures.show_image(axes, image)
-        part.suptitle(title, x=0.02, ha="left", fontsize=9)
-    figure.suptitle(
-        "Classes most often taken for each other, images of either, and the first of them", x=0.01, ha="left"
-    )
+        part.suptitle(title.replace("_", " "), x=0.02, ha="left", fontsize=9)
+    figure.suptitle("Classes most often taken for each other: mistakes, and the first six of them", x=0.01, ha="left")
     return figures.save(figure, path)
 
 
