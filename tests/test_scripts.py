@@ -17,7 +17,7 @@ import urllib.request
 import pytest
 from conftest import QUICK_COMPILATION, REPOSITORY
 
-SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
+SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py") if path.stem != "app")  # which imports them all
 SHARED_FLAGS = [
     "--train",
     "--load",
@@ -243,7 +243,7 @@ def test_sizes_of_the_code():
     lengths = {path: len(path.read_text().splitlines()) for path in REPOSITORY.glob("*.py")}
     assert not [path.name for path, length in lengths.items() if length > 750]
     common = sum(len(path.read_text().splitlines()) for path in (REPOSITORY / "common").glob("*.py"))
-    assert common < 2550
+    assert common < 3650
 
 
 def test_no_file_is_too_large():
