@@ -3,7 +3,7 @@ BIN = .venv/bin
 SCRIPTS = $(patsubst %.py,%,$(filter-out app.py,$(wildcard *.py)))
 PORT ?= 7860
 
-.PHONY: demo app test lint bench figures numbers reports clean
+.PHONY: demo app test lint bench figures numbers reports submission clean
 
 demo: .venv/.run  ## restore every model, measure it on the samples, show the numbers and figures; needs no network
 	$(BIN)/python report/demo.py
@@ -30,8 +30,11 @@ numbers: .venv/.run  ## put the measured numbers into README.md, the index of th
 reports: .venv/.test  ## the reports, report/*.pdf and their Markdown, from report/*/report.md and the measured numbers
 	$(BIN)/python report/build_reports.py
 
+submission: .venv/.test  ## what a brief asks to hand in, as a zip in dist/: make submission BRIEF=pegasus NAME=abcd12
+	$(BIN)/python report/make_submission.py "$(BRIEF)" "$(NAME)"
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist
 
 .venv/.run: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "error: Python 3.11 to 3.13 is needed; choose one with make PYTHON=python3.12")'

@@ -20,14 +20,13 @@ elevation error 4.29 degrees (held-out images: 1.54). Training took 35 minutes o
 from common import startup  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
 
 import dataclasses
-import math
+import functools
 import time
 from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import layers, ops
-from PIL import Image
 
 from common import cli, diffusion, metrics, models, results, training
 from common.datasets import SMALLNORB_CATEGORIES as CATEGORIES
@@ -35,6 +34,7 @@ from common.datasets import SMALLNORB_ELEVATION_DEGREES as DEGREES
 from common.datasets import area_average, load_smallnorb
 from common.errors import UserError
 from common.files import replacing
+from common.images import write_grid
 
 SCRIPT = "task2_diffusion"
 FEATURE_SCRIPT, FEATURE_MODEL, FEATURE_LAYER = "task1_smallnorb_cnn", "plain", "features"  # the space of the distances
@@ -44,8 +44,6 @@ NUM_LABELS = {"category": len(CATEGORIES), "elevation": len(DEGREES)}  # and the
 EXPERIMENT_METRICS = ["frechet_distance", "category_agreement", "elevation_mae_degrees"]  # in the results file
 NUM_CONDITIONS = len(CATEGORIES) * len(DEGREES)  # and the size of small batches: each size is compiled anew
 GREY_MEAN, GREY_DEVIATION = 192, 45  # mean and standard deviation of the training images, rounded
-CONDITION_WIDTH = 128  # size of the embedding of noise level and labels
-LABEL_DROPOUT = 0.1  # how often the labels are dropped in training (Ho & Salimans 2022, section 3.2)
 NUM_SAMPLES, NUM_SAMPLES_ON_SAMPLE = 10_000, 90  # generated images that are measured, without and with --sample
 SPLIT_SEED, PREDICT_BATCH_SIZE = 2024, 256
 QUICK_IMAGES, QUICK_STEPS, QUICK_WIDTHS = 320, 3, (16, 32)
@@ -143,72 +141,10 @@ def denormalize(images, value_range):
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-def convolution(filters, kernel_size=3, **keywords):
-    return layers.Conv2D(filters, kernel_size, padding="same", **{"kernel_initializer": "he_normal"} | keywords)
-
-
-def activated(features):
-    # ReLU where such networks usually have SiLU, which takes as much time on a CPU as all the convolutions.
-    return layers.ReLU()(layers.GroupNormalization(8)(features))
-
-
 def build_network(config):
-    """Builds a U-Net (Ronneberger et al. 2015) of residual blocks, conditioned on time, category and elevation.
-
-    Returns a functional model of built-in layers, from a dict of `noisy` (n, 48, 48, 1), normalised, `time` (n, 1), 0
-    to 1, `category` (n,), 0 to 4, or 5 for none, and `elevation` (n,), 0 to 8, or 9 for none, to velocity or noise.
-    """
-    noisy, time = keras.Input(IMAGE_SHAPE, name="noisy"), keras.Input((1,), name="time")
-    labels = {name: keras.Input((), dtype="int32", name=name) for name in NUM_LABELS}
-    # Sines of the time, from half a turn to 50 turns (Vaswani et al. 2017, section 3.5).
-    angles = time * np.geomspace(math.pi, 100 * math.pi, CONDITION_WIDTH // 2).astype("float32")
-    condition = layers.Concatenate()([ops.sin(angles), ops.cos(angles)])
-    condition = layers.Dense(CONDITION_WIDTH, activation="silu")(condition)
-    embeddings = [layers.Dense(CONDITION_WIDTH)(condition)]
-    embeddings += [layers.Embedding(NUM_LABELS[name] + 1, CONDITION_WIDTH)(labels[name]) for name in labels]
-    condition = layers.Activation("silu")(layers.Add()(embeddings))
-
-    def residual_block(features, filters):
-        """Two convolutions; between them the condition scales and shifts every filter (Perez et al. 2018)."""
-        shortcut = features if features.shape[-1] == filters else convolution(filters, 1)(features)
-        features = layers.GroupNormalization(8)(convolution(filters)(activated(features)))
-        scale, shift = (layers.Dense(filters)(condition)[:, None, None] for _ in range(2))
-        features = layers.ReLU()(features * (1 + scale) + shift)
-        # Blocks start as identities, so that a deep network trains like a shallow one at first.
-        return layers.Add()([shortcut, convolution(filters, kernel_initializer="zeros")(features)])
-
-    def attention(features):
-        size, filters = features.shape[1], features.shape[-1]
-        tokens = layers.Reshape((size * size, filters))(layers.GroupNormalization(8)(features))
-        tokens = layers.MultiHeadAttention(4, filters // 4)(tokens, tokens)
-        return layers.Add()([features, layers.Reshape((size, size, filters))(tokens)])
-
-    def stage(features, filters):
-        features = residual_block(features, filters)
-        return attention(features) if config.attention and filters == config.widths[-1] else features
-
-    # The four pixels of each patch become channels.
-    side = IMAGE_SIZE // PATCH
-    features = layers.Reshape((side, PATCH, side, PATCH))(noisy)
-    features = layers.Reshape((side, side, PATCH**2))(layers.Permute((1, 3, 2, 4))(features))
-    features = convolution(config.widths[0])(features)
-    skipped = []
-    for level, filters in enumerate(config.widths):
-        if level:
-            features = layers.AveragePooling2D(2)(features)
-        for _ in range(config.blocks):
-            features = stage(features, filters)
-            skipped.append(features)
-    features = residual_block(features, config.widths[-1])
-    for level, filters in reversed(list(enumerate(config.widths))):
-        for _ in range(config.blocks):
-            features = stage(layers.Concatenate()([features, skipped.pop()]), filters)
-        if level:
-            features = layers.UpSampling2D(2)(features)
-    features = convolution(PATCH**2, kernel_initializer="zeros", dtype="float32")(activated(features))
-    features = layers.Permute((1, 3, 2, 4))(layers.Reshape((side, side, PATCH, PATCH))(features))
-    inputs = {"noisy": noisy, "time": time, **labels}
-    return keras.Model(inputs, layers.Reshape(IMAGE_SHAPE)(features), name="diffusion")
+    """Builds the U-Net: from a dict of `noisy` (n, 48, 48, 1), normalised, `time` and labels; see `build_unet`."""
+    options = {"patch": PATCH, "widths": config.widths, "blocks": config.blocks, "attention": int(config.attention)}
+    return diffusion.build_unet(IMAGE_SHAPE, NUM_LABELS, **options)
 
 
 def build_classifier():
@@ -220,10 +156,10 @@ def build_classifier():
     images = keras.Input(IMAGE_SHAPE[:2], name="images")
     features = layers.Rescaling(1 / 255)(layers.Reshape(IMAGE_SHAPE)(images))
     features = layers.LayerNormalization(axis=(1, 2, 3), center=False, scale=False)(features)
-    features = convolution(32, 5, strides=2, activation="relu")(features)
+    features = diffusion.convolution(32, 5, strides=2, activation="relu")(features)
     for filters in (32, 64, 128):
-        features = convolution(filters, activation="relu")(features)
-        features = layers.MaxPooling2D(2)(convolution(filters, use_bias=False)(features))
+        features = diffusion.convolution(filters, activation="relu")(features)
+        features = layers.MaxPooling2D(2)(diffusion.convolution(filters, use_bias=False)(features))
         features = layers.ReLU()(layers.BatchNormalization()(features))
     features = layers.Dropout(0.2)(layers.GlobalAveragePooling2D()(features))
     heads = {name: layers.Dense(count, "softmax", dtype="float32", name=name) for name, count in NUM_LABELS.items()}
@@ -233,34 +169,10 @@ def build_classifier():
 # ------------------------------------------------------------------------------------------------- losses and training
 
 
-class DiffusionTrainer(keras.Model):
-    """Trains a network to predict its target from noisy images. It is fitted on `LeftViews` as a dict."""
-
-    def __init__(self, network, config, seed):
-        super().__init__()
-        self.network, self.config = network, config
-        self.seed_generator = keras.random.SeedGenerator(seed)
-        self.built = True  # all its variables exist, without which a checkpoint cannot be restored
-
-    def add_noise(self, images, **labels):
-        """Returns the inputs of the network, noisy images with some labels dropped, and its target."""
-        image = normalize(images, value_range(self.config))
-        time = keras.random.uniform((ops.shape(images)[0], 1), seed=self.seed_generator)
-        signal_rate, noise_rate = diffusion.diffusion_schedule(time[:, :, None, None])
-        noise = keras.random.normal(ops.shape(image), seed=self.seed_generator)
-        target = diffusion.training_target(self.config.target, image, noise, signal_rate, noise_rate)
-        dropped = keras.random.uniform(ops.shape(images)[:1], seed=self.seed_generator) < LABEL_DROPOUT
-        labels = {name: ops.where(dropped, NUM_LABELS[name], label) for name, label in labels.items()}
-        return {"noisy": signal_rate * image + noise_rate * noise, "time": time, **labels}, target
-
-    def call(self, inputs):
-        noisy, target = self.add_noise(**inputs)
-        return self.network(noisy), target
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        prediction, target = y_pred
-        difference = ops.cast(prediction, "float32") - target
-        return ops.mean(ops.square(difference) if self.config.loss == "mse" else ops.abs(difference))
+def trainer(network, config, seed):
+    """Returns what trains a network to predict its target from noisy images, fitted on `LeftViews` as a dict."""
+    scaled = functools.partial(normalize, value_range=value_range(config))
+    return diffusion.Trainer(network, config, seed, NUM_LABELS, scaled)
 
 
 def train_network(config, examples, seed, validation=None, **checkpoint):
@@ -268,22 +180,9 @@ def train_network(config, examples, seed, validation=None, **checkpoint):
 
     Returns it in float32 with averaged weights, learning curves (validation: not averaged), and seconds.
     """
-    keras.utils.set_random_seed(seed)
-    steps = training.count_steps(len(examples.images), config)
-    with training.computing_in(training.fast_precision()) as precision:
-        network = build_network(config)
-    model = DiffusionTrainer(network, config, seed)
-    schedule, average = training.cosine_schedule(config.learning_rate, steps), config.average
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=1e-3, use_ema=average > 0, ema_momentum=average)
-    model.compile(optimizer, **training.compile_options(steps))
-    options = {"config": config, "seed": seed, "precision": precision, **checkpoint}
-    options["validation_data"] = validation and (validation._asdict(),)
-    curves, seconds = training.fit(model, examples._asdict(), None, **options)
-    # Keras replaces the weights by their average at the end of `fit`, but not where a finished run was restored.
-    model.optimizer.finalize_variable_values(model.trainable_variables)
-    full_precision = build_network(config)
-    models.set_weights(full_precision, network.get_weights())
-    return full_precision, curves, seconds
+    build, wrap = functools.partial(build_network, config), functools.partial(trainer, config=config, seed=seed)
+    optimizer, held_out = diffusion.averaging_optimizer(config.average), validation and validation._asdict()
+    return diffusion.train_network(build, wrap, optimizer, config, examples._asdict(), seed, held_out, **checkpoint)
 
 
 def train_classifier(config, examples, seed, validation=None, **checkpoint):
@@ -349,20 +248,9 @@ def train(arguments):
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def model_path(arguments, name):
-    """Returns where the model "network" or "judge" is: in the output directory or, where it is not, the repository."""
-    path = models.models_folder(arguments.output_dir, SCRIPT) / f"{name}.keras"
-    return path if path.exists() else models.models_folder(cli.REPOSITORY, SCRIPT) / path.name
-
-
 def restore(arguments, name):
     """Restores "network" or "judge"; returns the model, its config and its card."""
-    model, card = models.load_model(model_path(arguments, name), SCRIPT)
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in card["config"].items()}
-    try:
-        return model, type(CONFIGS[name])(**fields), card
-    except TypeError as error:
-        raise UserError(f"the card of {name} has another config ({error}); {models.RESTORE}") from error
+    return models.restore(models.model_path(arguments.output_dir, SCRIPT, name), SCRIPT, type(CONFIGS[name]))
 
 
 def build_sampler(network, config, sampling):
@@ -562,7 +450,8 @@ def report(arguments, evaluation=None):
         if arguments.record:
             found = {each: (size, measured[name][each]) for each, size in sizes.items()}
             found = {"sample": found["test"]} if arguments.sample else found
-            results.record_metrics(model_path(arguments, name), None if arguments.sample else checksums, **found)
+            path = models.model_path(arguments.output_dir, SCRIPT, name)
+            results.record_metrics(path, None if arguments.sample else checksums, **found)
     if arguments.train or (arguments.record and not arguments.sample):
         summary = summarise(cards, measured, evaluation, read_experiments(arguments))
         written.append(results.write_results(SCRIPT, arguments, summary))
@@ -655,14 +544,8 @@ def sample_conditionally(arguments):
     sampling = dataclasses.replace(SAMPLING, **{name: value for name, value in changed.items() if value is not None})
     sampler = build_sampler(models.for_prediction(network), config, sampling)
     images = generate(sampler, category, elevation, arguments.seed)
-    columns = math.ceil(math.sqrt(count))
-    white = np.full((-count % columns, *IMAGE_SHAPE[:2]), 255, "uint8")  # fills the last row
-    grid = np.concatenate([images, white]).reshape(-1, columns, *IMAGE_SHAPE[:2]).transpose(0, 2, 1, 3)
-    grid = grid.reshape(-1, columns * IMAGE_SIZE).repeat(2, axis=0).repeat(2, axis=1)
     name = f"{arguments.category or 'any'}_{arguments.elevation or 'any'}_seed_{arguments.seed}.png"
-    path = arguments.output_dir / "runs" / SCRIPT / name
-    with replacing(path) as temporary:
-        Image.fromarray(grid).save(temporary, format="PNG")
+    path = write_grid(images, arguments.output_dir / "runs" / SCRIPT / name, 2)
     with replacing(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, images=images, category=category, elevation=DEGREES[elevation])
     return path, path.with_suffix(".npz")

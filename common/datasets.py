@@ -34,6 +34,9 @@ SAMPLES = REPOSITORY / "data" / "samples"
 RESTORE_SAMPLES = "restore it from the repository: git checkout -- data/samples"
 NETWORK_TIMEOUT_SECONDS = 8
 BATCH_SIZE = 500
+VGG16_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg16/"  # as `keras.applications` has it
+VGG16_URL += "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
+VGG16_MD5 = "6d6bbae143d832006294945121d1f1fc"
 SMALLNORB_ELEVATION_DEGREES = np.arange(30, 75, 5)  # above the table, by label (LeCun, Huang & Bottou 2004, section 2)
 SMALLNORB_CATEGORIES = ("animal", "human", "airplane", "truck", "car")  # short names, by label
 
@@ -414,6 +417,30 @@ def connection_trouble(url):
         return outcome.result(timeout=NETWORK_TIMEOUT_SECONDS)
     except concurrent.futures.TimeoutError:
         return f"its server does not answer within {NETWORK_TIMEOUT_SECONDS} seconds"
+
+
+def vgg16_weights(data_dir):
+    """Returns the path of the ImageNet weights of VGG16 without its classifier, which are downloaded once.
+
+    They are those in `data_dir`, else the ones of `keras.applications`. Raises `UserError` where there are none.
+    """
+    folder = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"
+    path, downloaded = Path(data_dir) / "vgg16_imagenet_notop.weights.h5", folder / Path(VGG16_URL).name
+    for found in (path, downloaded):
+        if found.is_file():
+            return found
+    trouble = connection_trouble(VGG16_URL)
+    import keras  # here, since loading a dataset needs no backend
+
+    if not trouble:
+        try:
+            return Path(keras.utils.get_file(origin=VGG16_URL, cache_subdir="models", file_hash=VGG16_MD5))
+        except Exception as error:  # urllib raises many kinds, and Keras others where the checksum is wrong
+            trouble = reason(error)
+    raise UserError(
+        f"the ImageNet weights of VGG16 are neither {path} nor {downloaded}: {trouble}; try again later, download "
+        f"{VGG16_URL} by hand into {folder}, or add --quick --sample"
+    )
 
 
 def _error(source, data_dir, trouble):

@@ -46,6 +46,7 @@ def save(figure, path):
 
 def label_lines(axes):
     """Writes the label of each line at its last point, in its colour, instead of a legend; labels keep apart."""
+    axes.autoscale_view()  # which matplotlib puts off; places in the figure depend on it
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_") and len(line.get_ydata())]
     ends = [(line, axes.transData.transform((line.get_xdata()[-1], line.get_ydata()[-1]))) for line in lines]
     gap = axes.bbox.height * 0.055

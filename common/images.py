@@ -1,6 +1,7 @@
-"""Image files of the user: reading what `--predict` is given, and where its results go."""
+"""Image files: reading what `--predict` is given, where its results go, and grids of generated images."""
 
 import itertools
+import math
 import os
 import stat
 import sys
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.cli import silent_stderr
 from common.errors import UserError, reason
+from common.files import replacing
 
 MAX_PIXELS = 67_000_000  # segmenting needs about 50 bytes per pixel
 
@@ -76,6 +78,20 @@ def output_paths(path, suffixes):
         paths = [path.with_name(f"{stem}_{suffix}.png") for suffix in suffixes]
         if not any(map(os.path.lexists, paths)):
             return paths
+
+
+def write_grid(images, path, scale):
+    """Writes images, uint8 (n, side, side) or (n, side, side, 3), to `path` as a square grid; returns `path`.
+
+    Each pixel becomes `scale` pixels a side. The rest of the last row is white.
+    """
+    columns, (side, *channels) = math.ceil(math.sqrt(len(images))), images.shape[2:]
+    white = np.full((-len(images) % columns, side, side, *channels), 255, "uint8")
+    grid = np.concatenate([images, white]).reshape(-1, columns, side, side, *channels).swapaxes(1, 2)
+    grid = grid.reshape(-1, columns * side, *channels).repeat(scale, axis=0).repeat(scale, axis=1)
+    with replacing(path) as temporary:
+        Image.fromarray(grid).save(temporary, format="PNG")
+    return path
 
 
 def predict_each(paths, predict):

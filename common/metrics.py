@@ -1,6 +1,11 @@
 """Metrics that Keras and scikit-learn lack: the spread of seeds, and distances between two sets of images."""
 
+import math
+
 import numpy as np
+from scipy.spatial.distance import pdist
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import log_loss, top_k_accuracy_score
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 50, 1000
 
@@ -8,6 +13,36 @@ KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 50, 1000
 def standard_deviation(values):
     """Returns the sample standard deviation of a few results, 0 for a single one."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def classification_metrics(probabilities, labels):
+    """Returns accuracy, top-5 accuracy, log loss and calibration error of probabilities (n, classes): dict of float.
+
+    The calibration error is the mean gap between confidence and accuracy (Guo et al. 2017, section 2).
+    """
+    classes = np.arange(probabilities.shape[1])
+    probabilities = probabilities.astype("float64")
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    confidence, accuracy = reliability(probabilities, labels)
+    return {
+        "accuracy": float((probabilities.argmax(1) == labels).mean()),
+        "top_5_accuracy": float(top_k_accuracy_score(labels, probabilities, k=5, labels=classes)),
+        "log_loss": float(log_loss(labels, probabilities, labels=classes)),
+        "calibration_error": float(np.abs(confidence - accuracy).mean()),
+    }
+
+
+def reliability(probabilities, labels, bins=10):
+    """Returns mean confidence and accuracy of `bins` groups of equal size, by confidence: float (bins,) each."""
+    right = probabilities.argmax(1) == labels
+    accuracy, confidence = calibration_curve(right, probabilities.max(1), n_bins=bins, strategy="quantile")
+    return confidence, accuracy
+
+
+def confident_mistakes(probabilities, labels, count):
+    """Returns the indices of at most `count` misclassified examples, the most confident first."""
+    wrong = np.flatnonzero(probabilities.argmax(1) != labels)
+    return wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")[:count]]
 
 
 def frechet_distance(first, second):
@@ -65,6 +100,11 @@ def nearest_neighbours(images, training_images):
         # Measured again at the nearest one: the short formula above cancels where two images are almost the same.
         distance[start : start + 500] = np.sqrt(np.mean(np.square(chunk - training[nearest]), axis=1))
     return distance, index
+
+
+def mean_distance(images):
+    """Returns the mean root mean squared difference between any two images, uint8 (n, ...), in grey levels."""
+    return float(pdist(images.reshape(len(images), -1)).mean() / math.sqrt(images[0].size))
 
 
 def _checked(first, second):

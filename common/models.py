@@ -107,6 +107,22 @@ def models_folder(output_dir, script):
     return folder if folder.is_dir() else REPOSITORY / "saved_models" / script
 
 
+def model_path(output_dir, script, name):
+    """Returns where one model is: in the output directory or, where it is not, in the repository."""
+    path = models_folder(output_dir, script) / f"{name}.keras"
+    return path if path.exists() else models_folder(REPOSITORY, script) / path.name
+
+
+def restore(path, script, config_type):
+    """Returns a model that `save_model` wrote, uncompiled, its config, a `config_type`, and its card."""
+    model, card = load_model(path, script)
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in card["config"].items()}
+    try:
+        return model, config_type(**fields), card
+    except TypeError as error:
+        raise UserError(f"the card of {path} has another config ({error}); {RESTORE}") from error
+
+
 def save_model(model, path, card, compresslevel=6):
     """Writes `model` to `path` (`<name>.keras`, without optimizer state) and its card beside it (`<name>.json`).
 
@@ -179,6 +195,24 @@ def round_weights(model, precision="float16"):
     set_weights(model, [rounded(each) if each.dtype == "float32" else each for each in model.get_weights()])
 
 
+def round_to_grid(model):
+    """Rounds each filter to multiples of a power of two, at most 1/16 of its standard deviation, in place.
+
+    Rounded weights are exact in 16 bits and compress to about 1.1 bytes, half of what `round_weights` leaves. The error
+    is below 2 % of the standard deviation. Each filter has a grid of its own, because those of one kernel may differ in
+    size by a factor of a hundred.
+    """
+
+    def rounded(weights):
+        if weights.ndim < 2:
+            return weights
+        deviations = weights.std(axis=tuple(range(weights.ndim - 1)), keepdims=True)
+        steps = 2.0 ** np.floor(np.log2(np.maximum(deviations, 1e-6) / 16))
+        return (np.rint(weights / steps) * steps).astype("float32")
+
+    set_weights(model, [rounded(weights) for weights in model.get_weights()])
+
+
 def for_prediction(model, num_images=FEW_IMAGES):
     """Returns a copy of a float32 `model` whose convolutions compute as `fast_precision` says; weights stay float32.
 
@@ -195,6 +229,6 @@ def for_prediction(model, num_images=FEW_IMAGES):
             config["dtype"] = precision
         return type(layer).from_config(config)
 
-    fast = keras.models.clone_model(model, clone_function=copy)
+    fast = keras.models.clone_model(model, clone_function=copy, recursive=True)
     set_weights(fast, model.get_weights())
     return fast

@@ -199,16 +199,32 @@ def unfinished(path, planned, limit=None):
     print(f"finished runs are in {path}")
 
 
-def paired_comparison(table, metric):
-    """Compares every experiment in the column "name" with the one called baseline, on the seeds that both have.
+def paired_comparison(table, metric, baseline="baseline"):
+    """Compares every experiment in the column "name" with the one called `baseline`, on the seeds that both have.
 
     Returns a `pandas.DataFrame` indexed by name, in the order of the table: `mean` of the metric, `difference` from the
     baseline (mean over the pairs), `pairs` (number), `noise` (standard deviation of the baseline over its runs, NaN for
     a single one), and `resolved`: whether the difference exceeds twice the noise expected of such a mean.
     """
     runs = table.pivot(index="seed", columns="name", values=metric)[table["name"].unique()]
-    differences = runs.sub(runs["baseline"], axis="index")
+    differences = runs.sub(runs[baseline], axis="index")
     compared = pd.DataFrame({"mean": runs.mean(), "difference": differences.mean(), "pairs": differences.count()})
-    compared["noise"] = runs["baseline"].std()
+    compared["noise"] = runs[baseline].std()
     compared["resolved"] = compared["difference"].abs() > 2 * compared["noise"] * np.sqrt(2 / compared["pairs"])
+    return compared
+
+
+def compare_groups(table, groups, metric, means=()):
+    """Compares experiments with the first one of their group: dict from title to dicts by name, as results hold them.
+
+    `groups` is a dict from title to names. Beside the fields of `paired_comparison` each has the `values` of the
+    metric, one per seed, and the means of the columns `means`. A group whose first experiment has no row is left out.
+    """
+    compared = {}
+    for title, names in groups.items():
+        rows = table[table["name"].isin(names) & table[metric].notna()]
+        if names[0] in set(rows["name"]):
+            paired = paired_comparison(rows, metric, baseline=names[0]).join(rows.groupby("name")[list(means)].mean())
+            paired["values"] = rows.groupby("name")[metric].agg(list)
+            compared[title] = paired.reindex([name for name in names if name in paired.index]).to_dict("index")
     return compared

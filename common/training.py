@@ -17,6 +17,7 @@ from common.files import H5PY_ERRORS, read_json, replacing, write_json
 
 STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python, which otherwise cost a tenth of the time
 DRAWS_PER_EPOCH = 1_000_000  # more random draws than a layer makes in one epoch
+COUNTERS = ("best", "wait", "cooldown_counter")  # of Keras' callbacks that watch a metric
 MALLOPT = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; other C libraries have none
 
 
@@ -81,12 +82,14 @@ class Checkpoint(keras.callbacks.Callback):
 
     `keras.callbacks.BackupAndRestore` keeps no learning curves, and may be killed between weights and epoch number.
     Here `state.json` names the weights it belongs to and is renamed into place last, so that a kill at any moment costs
-    at most the epoch under way. `settings` is a dict of what makes this training run different from another one.
+    at most the epoch under way. `settings` is a dict of what makes this training run different from another one. The
+    counters of `callbacks` that watch a metric are kept, too.
     """
 
-    def __init__(self, folder, settings):
+    def __init__(self, folder, settings, callbacks=()):
         super().__init__()
         self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))  # as it is read back
+        self.callbacks, self.counters = callbacks, []
         self.epoch, self.history, self.seconds = 0, {}, 0.0
         self.stopped = False  # by a callback, such as `keras.callbacks.EarlyStopping`
 
@@ -107,6 +110,7 @@ class Checkpoint(keras.callbacks.Callback):
             complete = epoch > 0 and "loss" in curves and all(len(values) == epoch for values in curves.values())
             if not complete or Path(weights).name != weights:
                 raise ValueError("its parts do not belong together")
+            counters = [{name: float(value) for name, value in each.items()} for each in state.get("counters", [])]
             changed = [name for name in self.settings if settings.get(name) != self.settings[name]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({reason(error)}); {advice}") from error
@@ -118,19 +122,27 @@ class Checkpoint(keras.callbacks.Callback):
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"the checkpoint in {self.folder} is damaged ({reason(error)}); {advice}") from error
         self.epoch, self.history, self.seconds = epoch, curves, seconds
-        self.stopped = bool(state.get("stopped"))
+        self.stopped, self.counters = bool(state.get("stopped")), counters
 
     def on_train_begin(self, logs=None):
         self.started = time.time() - self.seconds
+        for callback, counters in zip(self.callbacks, self.counters, strict=False):  # they have just reset theirs
+            vars(callback).update(counters)
 
     def on_epoch_end(self, epoch, logs=None):
         for name, value in (logs or {}).items():
             self.history.setdefault(name, []).append(float(value))
         self.epoch, self.seconds = epoch + 1, time.time() - self.started
         self.stopped = bool(self.model.stop_training)
+        self.counters = [
+            {name: float(value) for name, value in vars(callback).items() if name in COUNTERS and value is not None}
+            for callback in self.callbacks
+        ]
         weights = self.folder / f"epoch_{self.epoch:04d}.weights.h5"
         save_weights(self.model, weights)
-        state = {name: getattr(self, name) for name in ("epoch", "seconds", "stopped", "settings", "history")}
+        state = {
+            name: getattr(self, name) for name in ("epoch", "seconds", "stopped", "settings", "history", "counters")
+        }
         write_json(self.folder / "state.json", {"weights": weights.name, **state})
         for old in self.folder.glob("epoch_*.weights.h5"):
             if old != weights:
@@ -157,7 +169,7 @@ def fit(model, inputs, targets, *, config, seed, folder, resume, precision="floa
     folder = Path(folder)
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
-    checkpoint = Checkpoint(folder, {**dataclasses.asdict(config), "seed": seed, "precision": precision})
+    checkpoint = Checkpoint(folder, {**dataclasses.asdict(config), "seed": seed, "precision": precision}, callbacks)
     _create_variables(model, inputs, targets)
     checkpoint.restore(model)
     if checkpoint.epoch:

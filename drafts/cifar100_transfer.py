@@ -19,25 +19,24 @@ from common import startup  # isort: skip  # noqa: F401  (before Keras is import
 
 import dataclasses
 import hashlib
-import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
+from keras.utils import to_categorical
 from PIL import Image, ImageOps
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import train_test_split
 
 from common import cli, models, results, training
-from common.datasets import Cifar100Images, area_average, connection_trouble, load_cifar100
-from common.errors import UserError
-from common.files import read_json, replacing
+from common.datasets import Cifar100Images, area_average, load_cifar100, vgg16_weights
+from common.errors import UserError, reason
+from common.files import replacing
 from common.images import predict_each, printable, read_image
-from common.metrics import standard_deviation
+from common.metrics import classification_metrics, confident_mistakes, reliability, standard_deviation
+from common.optimizers import Muon
 
 SCRIPT = "cifar100_transfer"
 NUM_CLASSES, NUM_SUPERCLASSES = 100, 20
@@ -45,13 +44,11 @@ IMAGE_SIZE = 32  # side in pixels
 IMAGE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 SPLIT_SEED = 100
 BLOCKS_1_TO_4 = "vgg_blocks_1_to_4"  # name of the file; block 5 is part of the tail vgg_features
-VGG16_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"  # as Keras names it
-VGG16_URL = f"https://storage.googleapis.com/tensorflow/keras-applications/vgg16/{VGG16_FILE}"
 QUICK_IMAGES = 200
 PREDICT_BATCH_SIZE = 250
 TUNING_SHARE = 0.2  # of the learning rate
-METRICS = ("accuracy", "top_5_accuracy", "log_loss", "augmented_accuracy")
-ROW_FIELDS = ("name", "seed", "changes", "images", "epochs", "parameters", "seconds", "train_accuracy")
+ROW_FIELDS = ("name", "seed", "changes", "images", "epochs", "parameters", "seconds")  # of an experiment
+ROW_FIELDS += ("train_accuracy", "validation_accuracy", "validation_log_loss", "validation_augmented_accuracy")
 CHANNEL_MEANS, CHANNEL_DEVIATIONS = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)  # of the training images, RGB
 
 
@@ -64,17 +61,14 @@ class Config:
     residual: bool = True  # a shortcut around those
     separable: bool = False  # depthwise-separable convolutions instead of full ones
     batch_norm: bool = True  # after each convolution (after the pooling, where there is one: a quarter of the cost)
-    activation: str = "relu"
     whitening: bool = False  # a fixed first convolution that decorrelates patches of 2 x 2 pixels
-    identity: bool = False  # the first filters of each convolution start as the identity
     pooling: str = "average"  # or "max", over all places before the classifier
     dropout: float = 0.0  # before the classifier
-    augmentation: tuple = ("mirror", "shift")  # "mirror" or "alternate" (every image in turn), "shift" by 2 pixels
+    augmentation: bool = True  # random mirroring, and shifts by up to 2 pixels
     label_smoothing: float = 0.1
     optimizer: str = "adamw"  # key of OPTIMIZERS
     learning_rate: float = 2e-3  # the highest one
     weight_decay: float = 0.05  # decoupled; not for "muon"
-    averaging: float = 0.0  # momentum of the moving average of the weights; 0 for none
     schedule: str = "one cycle"  # warm-up, then a cosine to 0; or "plateau" (with early stopping)
     small_size: int = 0  # side in pixels of the images in the first part of the training run; 0 for no such part
     small_epochs: int = 0  # length of that part
@@ -89,59 +83,35 @@ class Config:
 class VggConfig:
     """A classifier on VGG16; the defaults are the first head on frozen features."""
 
-    trained: str = "head"  # what is trained: the "head", also the "top block", or "all"
+    trained: str = "head"  # what is trained: the "head"; after it also the "top block", or "all"
     image_size: int = IMAGE_SIZE  # 64: upsampled, and the pooled outputs of blocks 3, 4 and 5 together
     standardize: bool = False  # each feature to mean 0 and standard deviation 1, before the head
     hidden: tuple = ()  # units of the hidden dense layers of the head
     dropout: float = 0.0  # before each dense layer
     label_smoothing: float = 0.0
     mirrored: bool = False  # whether the features of mirrored images are trained on, too
-    learning_rate: float = 1e-3  # the highest one, of AdamW
+    optimizer: str = "adamw"  # as in `Config`, like the rest
+    learning_rate: float = 1e-3
     weight_decay: float = 1e-4
+    schedule: str = "one cycle"
     batch_size: int = 128
     epochs: int = 20
 
 
-HEAD = VggConfig(standardize=True, hidden=(1024,), dropout=0.5)
+HEAD = VggConfig(standardize=True)
+TUNED = dataclasses.replace(HEAD, mirrored=True, label_smoothing=0.1, learning_rate=1e-4, weight_decay=0.01)
+PLAIN = Config(convolutions=(1, 1, 1), residual=False, batch_norm=False, augmentation=False, label_smoothing=0.0)
+WIDE = Config((64, 192, 320), convolutions=(1, 1, 2), whitening=True, optimizer="muon", learning_rate=0.1)
 CONFIGS = {
-    "vgg_features": dataclasses.replace(HEAD, mirrored=True),
-    "vgg_top_block": dataclasses.replace(
-        HEAD, trained="top block", mirrored=True, label_smoothing=0.1, learning_rate=1e-4, weight_decay=0.01, epochs=5
-    ),
-    "vgg_full": dataclasses.replace(
-        HEAD, trained="all", mirrored=True, label_smoothing=0.1, learning_rate=1e-4, weight_decay=0.01, epochs=3
-    ),
+    "vgg_features": HEAD,
+    "vgg_top_block": dataclasses.replace(TUNED, trained="top block", epochs=5),
+    "vgg_full": dataclasses.replace(TUNED, trained="all", batch_size=256, epochs=3),
     "vgg_features_64": dataclasses.replace(HEAD, image_size=64),
-    "own_1": Config(
-        convolutions=(1, 1, 1),
-        residual=False,
-        batch_norm=False,
-        dropout=0.3,
-        augmentation=(),
-        label_smoothing=0.0,
-        learning_rate=1e-3,
-        weight_decay=1e-3,
-        schedule="plateau",
-        epochs=20,
+    "own_1": dataclasses.replace(
+        PLAIN, dropout=0.3, learning_rate=1e-3, weight_decay=1e-3, schedule="plateau", epochs=20
     ),
     "own_2": Config(filters=(48, 96, 192), dropout=0.2, epochs=10),
-    "own_3": Config(
-        filters=(64, 192, 320),
-        convolutions=(1, 1, 2),
-        activation="gelu",
-        whitening=True,
-        identity=True,
-        pooling="max",
-        augmentation=("alternate", "shift"),
-        label_smoothing=0.2,
-        optimizer="muon",
-        learning_rate=0.2,
-        averaging=0.98,
-        small_size=24,
-        small_epochs=11,
-        batch_size=500,
-        epochs=22,
-    ),
+    "own_3": dataclasses.replace(WIDE, small_size=24, small_epochs=14, epochs=40),
 }
 MODELS = list(CONFIGS)
 NUM_SEEDS = dict.fromkeys(MODELS, 1) | {"vgg_features": 3, "vgg_features_64": 2, "own_3": 2}
@@ -170,11 +140,6 @@ def load_splits(data_dir, *, sample=False, quick=False):
     return splits, dataset
 
 
-def one_hot(labels, classes=NUM_CLASSES):
-    """Returns targets for cross-entropy with label smoothing: float32 (n, classes)."""
-    return np.eye(classes, dtype="float32")[labels]
-
-
 # --------------------------------------------------------------------------------------------------------- model: VGG16
 
 
@@ -185,66 +150,24 @@ class VggBase(NamedTuple):
     block_5: keras.Model  # those maps to the mean of its output over all places, (n, 512)
 
 
-def load_vgg16(data_dir):
-    """Returns the `VggBase` with ImageNet weights, rounded as they are saved.
-
-    The weights are those in `data_dir`, else Keras' own, which are downloaded once. Raises `UserError` where there are
-    none, or where they are damaged.
-    """
-    path = Path(data_dir) / "vgg16_imagenet_notop.weights.h5"
-    downloaded = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / VGG16_FILE
-    if not path.is_file() and not downloaded.is_file():
-        trouble = connection_trouble(VGG16_URL)
-        if trouble:
-            raise UserError(
-                f"the ImageNet weights of VGG16 are neither {path} nor {downloaded}, and {trouble}; try again later, "
-                f"download {VGG16_URL} by hand into {downloaded.parent}, or add --quick --sample"
-            )
-    try:
-        return build_base(str(path) if path.is_file() else "imagenet")
-    except Exception as error:  # Keras raises many kinds, and a download that breaks off others
-        where, reason = path if path.is_file() else downloaded, str(error).splitlines()[0][:100]
-        raise UserError(f"{where} is damaged or incomplete ({reason}); delete it and try again") from error
-
-
 def build_base(weights):
-    """Returns the `VggBase` with the weights that `keras.applications.VGG16` calls so, rounded."""
+    """Returns the `VggBase` with the weights in a file, rounded as they are saved; `UserError` where it is damaged."""
     images, maps = keras.Input((None, None, 3), name="images"), keras.Input((None, None, 512), name="maps")
-    whole = keras.applications.VGG16(include_top=False, weights=weights, input_tensor=preprocess(images))
-    block_4 = whole.get_layer("block4_pool").output
-    block_5 = keras.Model(block_4, layers.GlobalAveragePooling2D()(whole.output))
-    base = VggBase(keras.Model(images, block_4, name="blocks_1_to_4"), keras.Model(maps, block_5(maps), name="block_5"))
-    round_to_grid(whole)
-    return base
+    try:
+        whole = keras.applications.VGG16(include_top=False, weights=weights, input_tensor=preprocess(images))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{weights} is damaged ({reason(error)}); delete it and try again") from error
+    models.round_to_grid(whole)
+    features = maps
+    for layer in whole.layers[-4:]:  # three convolutions and pooling
+        features = layer(features)
+    block_5 = keras.Model(maps, layers.GlobalAveragePooling2D()(features), name="block_5")
+    return VggBase(keras.Model(images, whole.get_layer("block4_pool").output, name="blocks_1_to_4"), block_5)
 
 
 def preprocess(images):
     """`keras.applications.vgg16.preprocess_input` out of operations that a saved model may have: RGB to BGR - means."""
     return layers.Rescaling(1.0, [-103.939, -116.779, -123.68], name="preprocess")(images[..., ::-1])
-
-
-def round_to_grid(model):
-    """Rounds each kernel to multiples of a power of two, at most 1/16 of its standard deviation, in place.
-
-    The rounded weights are exact in 16 bits and compress to about 1.1 bytes: 44 million of them have to fit into 55 MB.
-    The error is below 2 % of the standard deviation.
-    """
-
-    def rounded(weights):
-        if weights.ndim < 2 or weights.std() == 0:
-            return weights
-        step = 2.0 ** np.floor(np.log2(weights.std() / 16))
-        return (np.rint(weights / step) * step).astype("float32")
-
-    models.set_weights(model, [rounded(weights) for weights in model.get_weights()])
-
-
-def copy_of(model, trainable):
-    """Returns a copy of a model with the same weights."""
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    copy.trainable = trainable
-    return copy
 
 
 def build_head(config, num_features):
@@ -261,18 +184,28 @@ def build_head(config, num_features):
 
 
 def build_vgg(config, base):
-    """Returns the network of a `VggConfig`, and the part of it that is trained, which takes `trained_on(config)`."""
-    head = build_head(config, 1280 if config.image_size > IMAGE_SIZE else 512)
+    """Returns the head of a `VggConfig`, and the whole network that is saved, which takes `saved_with(config)`.
+
+    The network has copies of those parts of `base` that are trained, and takes the output of the others.
+    """
+
+    def copy_of(model, trainable):
+        copy = keras.models.clone_model(model)
+        copy.set_weights(model.get_weights())
+        for layer in copy.layers:
+            layer.trainable = trainable
+        return copy
+
     if config.image_size > IMAGE_SIZE:  # the head alone: both files of the base are needed anyway
+        head = build_head(config, 1280)
         return head, head
-    block_5 = copy_of(base.block_5, trainable=config.trained != "head")
+    head = build_head(config, 512)
     maps = keras.Input((2, 2, 512), name="maps")
-    tail = keras.Model(maps, head(block_5(maps)))
+    tail = keras.Model(maps, head(copy_of(base.block_5, trainable=config.trained != "head")(maps)))
     if config.trained != "all":
-        return tail, head if config.trained == "head" else tail
+        return head, tail
     images = keras.Input(IMAGE_SHAPE, name="images")
-    whole = keras.Model(images, tail(copy_of(base.blocks_1_to_4, trainable=True)(images)))
-    return whole, whole
+    return head, keras.Model(images, tail(copy_of(base.blocks_1_to_4, trainable=True)(images)))
 
 
 def build_pooled(base, size):
@@ -321,7 +254,7 @@ class Features:
 
 def predict(network, inputs):
     """Returns the outputs of a network, float32 (n, ...)."""
-    return models.for_prediction(network).predict(inputs, batch_size=PREDICT_BATCH_SIZE, verbose=0)
+    return models.for_prediction(network, len(inputs)).predict(inputs, batch_size=PREDICT_BATCH_SIZE, verbose=0)
 
 
 # --------------------------------------------------------------------------------------------------- model: our own
@@ -344,9 +277,6 @@ def build_network(config, image_shape=(None, None, 3)):
         # Statistics of the last ten batches or so, for there are few steps.
         return layers.BatchNormalization(momentum=0.9)(features) if config.batch_norm else features
 
-    def activate(features):
-        return layers.Activation(config.activation)(features)
-
     images = keras.Input(image_shape, name="images")
     scale, offset = 1 / np.array(CHANNEL_DEVIATIONS), -np.array(CHANNEL_MEANS) / CHANNEL_DEVIATIONS
     features = images
@@ -354,16 +284,15 @@ def build_network(config, image_shape=(None, None, 3)):
         features = layers.Resizing(config.tuned_size, config.tuned_size)(features)
     features = layers.Rescaling(scale.tolist(), offset.tolist(), name="standardize")(features)
     if config.whitening:
-        features = layers.Conv2D(24, 2, use_bias=False, trainable=False, name="whitening")(features)
-        features = activate(features)
+        features = layers.ReLU()(layers.Conv2D(24, 2, use_bias=False, trainable=False, name="whitening")(features))
     for filters, convolutions in zip(config.filters, config.convolutions, strict=True):
         features = layers.MaxPooling2D(2)(convolve(features, filters))
-        features = shortcut = activate(normalize(features))
+        features = shortcut = layers.ReLU()(normalize(features))
         for number in range(convolutions):
             features = normalize(convolve(features, filters))
             if config.residual and number == convolutions - 1:
                 features = layers.Add()([features, shortcut])
-            features = activate(features)
+            features = layers.ReLU()(features)
     pool = layers.GlobalMaxPooling2D if config.pooling == "max" else layers.GlobalAveragePooling2D
     features = layers.Dropout(config.dropout)(pool(name="features")(features))
     # Softmax in full precision, so that small probabilities survive.
@@ -385,141 +314,37 @@ def whitening_kernel(images, num_images=5000):
     return np.concatenate([filters, -filters], axis=-1).astype("float32")
 
 
-def initialize(network, config, images):
-    """Sets the weights of a new network that Keras' initialisers cannot: whitening and identity."""
-    if config.whitening:
-        network.get_layer("whitening").set_weights([whitening_kernel(images)])
-    for layer in network.layers if config.identity else []:
-        if isinstance(layer, layers.Conv2D) and layer.name != "whitening":
-            kernel, *bias = layer.get_weights()
-            same = min(kernel.shape[2:])
-            kernel[..., :same] = 0
-            kernel[1, 1, range(same), range(same)] = 1
-            layer.set_weights([kernel, *bias])
-
-
 # ------------------------------------------------------------------------------------------------- losses and training
 
 
-class AlternatingMirror(layers.Layer):
-    """Mirrors half of the images in one epoch and the other half in the next (Jordan 2024, section 3.6).
-
-    Every image is seen both ways in two epochs, where random mirroring shows a quarter of them the same way twice. The
-    half that an image belongs to is the parity of the sum of its pixels.
-    """
-
-    def __init__(self, **keywords):
-        super().__init__(**keywords)
-        self.epoch = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name="epoch")
-
-    def call(self, images, training=False):
-        if not training:
-            return images
-        parity = (ops.sum(ops.cast(images, "int32"), axis=(1, 2, 3), keepdims=True) + self.epoch) % 2
-        return ops.where(parity == 0, ops.flip(images, axis=2), images)
-
-
-class Muon(keras.optimizers.Adam):
-    """Momentum with orthogonal updates for the kernels of convolutions, Adam for all other weights.
-
-    Jordan et al., "Muon: an optimizer for hidden layers" (2024). The kernels must be followed by normalisation: their
-    length is kept at the root of the number of filters, so that the learning rate is a relative one.
-    """
-
-    momentum, adam_share = 0.6, 0.02  # the second one is the learning rate of Adam relative to that of the kernels
-
-    def update_step(self, gradient, variable, learning_rate):
-        if len(variable.shape) != 4:
-            super().update_step(gradient, variable, learning_rate * self.adam_share)
-            return
-        momentum = self._momentums[self._get_variable_index(variable)]
-        self.assign(momentum, self.momentum * momentum + gradient)
-        update = orthogonalize(gradient + self.momentum * momentum)
-        length = ops.sqrt(ops.sum(ops.square(variable)))
-        scale = math.sqrt(variable.shape[-1]) / length
-        self.assign(variable, scale * variable - learning_rate * update)
-
-
-def orthogonalize(kernel, steps=5):
-    """Brings all singular values of a kernel (height, width, in, filters), seen as a matrix, near 1.
-
-    Newton-Schulz iteration with the coefficients of Jordan et al. (2024): values between 0.7 and 1.2 after five steps.
-    It is iterated on the product of the matrix with its transpose, which is smaller, and applied once.
-    """
-    matrix = ops.reshape(kernel, (-1, kernel.shape[-1]))
-    is_wide = matrix.shape[0] < matrix.shape[1]
-    matrix = matrix if is_wide else ops.transpose(matrix)
-    matrix = matrix / (ops.sqrt(ops.sum(ops.square(matrix))) + 1e-7)
-    gram, identity = ops.matmul(matrix, ops.transpose(matrix)), ops.eye(matrix.shape[0])
-    factor = identity
-    for _ in range(steps):
-        step = 3.4445 * identity - 4.7750 * gram + 2.0315 * ops.matmul(gram, gram)
-        factor, gram = ops.matmul(step, factor), ops.matmul(ops.matmul(step, gram), step)
-    matrix = ops.matmul(factor, matrix)
-    return ops.reshape(matrix if is_wide else ops.transpose(matrix), kernel.shape)
-
-
-OPTIMIZERS = {
-    "adamw": lambda rate, decay, **average: keras.optimizers.AdamW(rate, weight_decay=decay, **average),
-    "sgd": lambda rate, decay, **average: keras.optimizers.SGD(
-        rate, momentum=0.9, nesterov=True, weight_decay=decay, **average
-    ),
-    "muon": lambda rate, decay, **average: Muon(rate, **average),
+OPTIMIZERS = {  # by name, from learning rate and decoupled weight decay
+    "adamw": lambda rate, decay: keras.optimizers.AdamW(rate, weight_decay=decay),
+    "sgd": lambda rate, decay: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=decay),
+    "muon": lambda rate, decay: Muon(rate),
 }
 
 
-class Replay(keras.callbacks.Callback):
-    """Shows the validation losses of a resumed run to callbacks that count on them."""
-
-    def __init__(self, callbacks, losses):
-        super().__init__()
-        self.callbacks, self.losses = callbacks, losses
-
-    def on_train_begin(self, logs=None):
-        rate = float(self.model.optimizer.learning_rate)
-        for epoch, loss in enumerate(self.losses):
-            for callback in self.callbacks:
-                callback.on_epoch_end(epoch, {"val_loss": loss})
-        self.model.optimizer.learning_rate = rate  # that of the checkpoint
-
-
-def plateau_callbacks(folder, resume):
+def plateau_callbacks(folder):
     """Returns callbacks that lower the rate when validation stops improving, stop later, and keep the best weights."""
-    state = folder / "state.json"
-    curves = read_json(state, "start over without --resume")["history"] if resume and state.is_file() else {}
-    watching = [
+    return [
         keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.3, patience=1),
         keras.callbacks.EarlyStopping(monitor="val_loss", patience=3),
+        keras.callbacks.ModelCheckpoint(
+            folder / "best.weights.h5", monitor="val_accuracy", mode="max", save_best_only=True, save_weights_only=True
+        ),
     ]
-    best = keras.callbacks.ModelCheckpoint(
-        folder / "best.weights.h5",
-        monitor="val_accuracy",
-        mode="max",
-        save_best_only=True,
-        save_weights_only=True,
-        initial_value_threshold=max(curves.get("val_accuracy", []), default=None),
-    )
-    return [*watching, best, Replay(watching, curves.get("val_loss", []))]
 
 
-def compile_model(model, optimizer, label_smoothing, steps):
+def fit(model, optimizer, config, train, validation, **keywords):
+    """Compiles a model and fits it to `train`, (inputs, targets); returns what `training.fit` does."""
     model.compile(
         optimizer,
-        loss=keras.losses.CategoricalCrossentropy(label_smoothing=label_smoothing),
+        loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
         metrics=[keras.metrics.CategoricalAccuracy("accuracy")],
-        **training.compile_options(steps),
+        **training.compile_options(training.count_steps(len(train[0]), config)),
     )
-
-
-class EpochNumber(keras.callbacks.Callback):
-    """Tells an `AlternatingMirror` which epoch it is, counted from `first`."""
-
-    def __init__(self, layer, first):
-        super().__init__()
-        self.layer, self.first = layer, first
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.layer.epoch.assign(epoch + self.first)
+    keywords |= {"config": config, "precision": training.fast_precision(), "validation_data": validation}
+    return training.fit(model, *train, **keywords)
 
 
 def build_optimizer(config, num_examples, share=1.0):
@@ -527,8 +352,7 @@ def build_optimizer(config, num_examples, share=1.0):
     rate = share * config.learning_rate
     if config.schedule == "one cycle":
         rate = training.cosine_schedule(rate, training.count_steps(num_examples, config))
-    average = {"use_ema": config.averaging > 0, "ema_momentum": config.averaging}
-    optimizer = OPTIMIZERS[config.optimizer](rate, config.weight_decay, **average)
+    optimizer = OPTIMIZERS[config.optimizer](rate, config.weight_decay)
     if optimizer.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     return optimizer
@@ -541,124 +365,102 @@ def train_own(config, split, seed, *, folder, resume, validation):
     in float32 with rounded weights, its learning curves and seconds. Raises `training.Diverged`.
     """
     keras.utils.set_random_seed(seed)
-    with training.computing_in(training.fast_precision()) as precision:
+    with training.computing_in(training.fast_precision()):
         network = build_network(config)
-    initialize(network, config, split[0])
+    if config.whitening:
+        network.get_layer("whitening").set_weights([whitening_kernel(split[0])])
     optimizer = build_optimizer(config, len(split[0]))
     small_epochs = min(config.small_epochs, config.epochs - 1)
-    sizes = [(config.small_size, small_epochs)] if small_epochs else []
-    sizes += [(IMAGE_SIZE, config.epochs - small_epochs)]
-    sizes += [(config.tuned_size, config.tuned_epochs)] if config.tuned_epochs else []
+    parts = [(config.small_size, small_epochs)] if small_epochs else []
+    parts += [(IMAGE_SIZE, config.epochs - small_epochs)]
+    parts += [(config.tuned_size, config.tuned_epochs)] if config.tuned_epochs else []
     curves, seconds = {}, 0.0
-    for number, (size, epochs) in enumerate(sizes):
-        tuning = config.tuned_epochs and number == len(sizes) - 1
-        shortened = dataclasses.replace(config, epochs=epochs)
-        if tuning:
-            for layer in early_layers(network):
+    for number, (size, epochs) in enumerate(parts):
+        part_config = dataclasses.replace(config, epochs=epochs)
+        if config.tuned_epochs and number == len(parts) - 1:
+            poolings = [number for number, each in enumerate(network.layers) if isinstance(each, layers.MaxPooling2D)]
+            for layer in network.layers[: poolings[-1] - 1]:  # all before the convolution of the last stage
                 layer.trainable = False
-            optimizer = build_optimizer(shortened, len(split[0]), TUNING_SHARE)
-        model, callbacks = build_trained(network, config, size, seed, first_epoch=len(curves.get("loss", ())))
+            optimizer = build_optimizer(part_config, len(split[0]), TUNING_SHARE)
+        model = build_trained(network, config, size, seed)
+        data = [
+            (area_average(images, min(size, IMAGE_SIZE)), to_categorical(labels, config.classes))
+            for images, labels in (split, validation)
+        ]
         part_folder = folder / f"part_{number + 1}"
-        if config.schedule == "plateau":
-            callbacks += plateau_callbacks(part_folder, resume)
-        compile_model(model, optimizer, config.label_smoothing, training.count_steps(len(split[0]), shortened))
-        targets, validation_targets = (one_hot(labels, config.classes) for labels in (split[1], validation[1]))
-        part_curves, part_seconds = training.fit(
-            model,
-            area_average(split[0], min(size, IMAGE_SIZE)),
-            targets,
-            config=shortened,
-            seed=seed,
-            folder=part_folder,
-            resume=resume,
-            precision=precision,
-            validation_data=(area_average(validation[0], min(size, IMAGE_SIZE)), validation_targets),
-            callbacks=callbacks,
-        )
-        optimizer.finalize_variable_values(model.trainable_variables)  # fit does it, unless this part was finished
+        callbacks = plateau_callbacks(part_folder) if config.schedule == "plateau" else ()
+        keywords = {"seed": seed, "folder": part_folder, "resume": resume, "callbacks": callbacks}
+        part_curves, part_seconds = fit(model, optimizer, part_config, *data, **keywords)
         curves = {name: curves.get(name, []) + part_curves[name] for name in part_curves}
         seconds += part_seconds
         if config.schedule == "plateau":
             model.load_weights(part_folder / "best.weights.h5")
     full_precision = build_network(config, (IMAGE_SIZE, IMAGE_SIZE, 3))
     models.set_weights(full_precision, network.get_weights())
-    round_to_grid(full_precision)
+    models.round_to_grid(full_precision)
     return full_precision, curves, seconds
 
 
-def build_trained(network, config, size, seed, first_epoch):
-    """Returns a model that augments images and gives them to `network` at a size, and the callbacks that it needs."""
+def build_trained(network, config, size, seed):
+    """Returns a model that takes uint8 images, augments them and gives them to `network` at a size."""
     side = min(size, IMAGE_SIZE)
     images = augmented = keras.Input((side, side, 3), dtype="uint8")
-    callbacks = []
-    if "alternate" in config.augmentation:
-        alternate = AlternatingMirror()
-        augmented = alternate(augmented)
-        callbacks.append(EpochNumber(alternate, first_epoch))
-    if "mirror" in config.augmentation:
+    if config.augmentation:
         augmented = layers.RandomFlip("horizontal", seed=seed)(augmented)
-    if "shift" in config.augmentation:
         factor = 2 / IMAGE_SIZE
         shift = layers.RandomTranslation(factor, factor, "reflect", interpolation="nearest", seed=seed)  # no blur
         shift.supports_jit = True  # Keras denies it of this layer, and would run every step uncompiled under JAX
         augmented = shift(augmented)
     if size > side:
         augmented = layers.Resizing(size, size)(augmented)
-    return keras.Model(images, network(augmented)), callbacks
-
-
-def early_layers(network):
-    """Returns all layers of a network of ours before its last stage."""
-    poolings = [number for number, layer in enumerate(network.layers) if isinstance(layer, layers.MaxPooling2D)]
-    return network.layers[: poolings[-1] - 1]  # the convolution before the last pooling is part of the last stage
+    return keras.Model(images, network(augmented))
 
 
 def trained_on(config):
-    """Returns the kind of `Features` that the trained part of a network takes."""
+    """Returns the kind of `Features` that the trained part of a classifier on VGG16 takes."""
     if config.image_size > IMAGE_SIZE:
         return "pooled"
     return {"head": "block 5", "top block": "maps", "all": "images"}[config.trained]
 
 
 def saved_with(config):
-    """Returns the kind of `Features` that the saved network takes."""
+    """Returns the kind of `Features` that its saved network takes."""
     return "maps" if trained_on(config) == "block 5" else trained_on(config)
 
 
 def train_vgg(config, splits, features, seed, *, folder, resume):
-    """Trains a classifier on VGG16, or resumes it from its checkpoint in `folder`.
+    """Trains a classifier on VGG16, or resumes it from its checkpoints in `folder`.
 
-    `splits` is a dict of `Cifar100Images`. Returns the network, learning curves and seconds, without those of computing
-    `Features`.
+    A head of random weights would send large gradients into the base, so it comes first, on frozen features (Chollet
+    2021, section 8.3.2). `splits` is a dict of `Cifar100Images`. Returns the network, the learning curves of its last
+    part, and the seconds of all parts, without those of computing `Features`.
     """
     keras.utils.set_random_seed(seed)
-    network, trained = build_vgg(config, features.base)
-    kind = trained_on(config)
-    labels = {part: one_hot(splits[part].labels) for part in ("train", "validation")}
-    inputs = {part: features(kind, splits[part].images) for part in labels}
-    images = augmented = keras.Input(trained.input_shape[1:])
-    if config.mirrored and kind == "images":
-        augmented = layers.RandomFlip("horizontal", seed=seed)(images)
-    elif config.mirrored:
-        inputs["train"] = np.concatenate([inputs["train"], features(kind, splits["train"].images, mirrored=True)])
-        labels["train"] = np.concatenate([labels["train"], labels["train"]])
-    steps = training.count_steps(len(inputs["train"]), config)
-    rate = training.cosine_schedule(config.learning_rate, steps)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
-    optimizer.exclude_from_weight_decay(var_names=["bias"])
-    model = keras.Model(images, trained(augmented))
-    compile_model(model, optimizer, config.label_smoothing, steps)
-    curves, seconds = training.fit(
-        model,
-        inputs["train"],
-        labels["train"],
-        config=config,
-        seed=seed,
-        folder=folder,
-        resume=resume,
-        validation_data=(inputs["validation"], labels["validation"]),
-    )
-    round_to_grid(trained)
+    head, network = build_vgg(config, features.base)
+    parts = [(head, config if config.trained == "head" else HEAD)]
+    if config.trained != "head":
+        parts.append((network, config))
+    seconds = 0.0
+    for number, (part, part_config) in enumerate(parts):
+        kind = trained_on(part_config)
+        (inputs, targets), validation = (
+            (features(kind, splits[name].images), to_categorical(splits[name].labels, NUM_CLASSES))
+            for name in ("train", "validation")
+        )
+        fast = models.for_prediction(part)  # which computes in bfloat16 where that is faster
+        images = augmented = keras.Input(part.input_shape[1:])
+        if part_config.mirrored and kind == "images":
+            augmented = layers.RandomFlip("horizontal", seed=seed)(images)
+        elif part_config.mirrored:
+            inputs = np.concatenate([inputs, features(kind, splits["train"].images, mirrored=True)])
+            targets = np.concatenate([targets, targets])
+        optimizer = build_optimizer(part_config, len(inputs))
+        keywords = {"seed": seed, "folder": folder / f"part_{number + 1}", "resume": resume}
+        model = keras.Model(images, fast(augmented))
+        curves, part_seconds = fit(model, optimizer, part_config, (inputs, targets), validation, **keywords)
+        models.set_weights(part, fast.get_weights())
+        models.round_to_grid(part)
+        seconds += part_seconds
     return network, curves, seconds
 
 
@@ -678,21 +480,23 @@ def select(split, classes):
     return split.images[chosen], split.labels[chosen]
 
 
-def get_base(arguments):
-    """Returns the `VggBase`: with --quick the saved one, where there is one, which needs no download."""
+def get_features(arguments):
+    """Returns the `Features` of VGG16, with --quick of the saved base, where there is one: no download is needed."""
     folder = models.models_folder(arguments.output_dir, SCRIPT)
-    if arguments.quick and (folder / f"{BLOCKS_1_TO_4}.keras").is_file():
-        return restore_base(folder)
-    return load_vgg16(arguments.data_dir)
+    if arguments.load or (arguments.quick and (folder / f"{BLOCKS_1_TO_4}.keras").is_file()):
+        saved = [models.load_model(folder / f"{name}.keras", SCRIPT)[0] for name in (BLOCKS_1_TO_4, "vgg_features")]
+        base = VggBase(saved[0], saved[1].get_layer("block_5"))
+    else:
+        base = build_base(vgg16_weights(arguments.data_dir))
+    return Features(base, arguments.output_dir / "runs" / SCRIPT / "features")
 
 
 def train(arguments):
     """Trains the wanted models and saves those of `SAVED`, each measured, the first seed whatever its metrics."""
     names = [arguments.model] if arguments.model else MODELS
     splits, dataset = load_splits(arguments.data_dir, sample=arguments.sample, quick=arguments.quick)
-    vgg_models = [name for name in names if isinstance(CONFIGS[name], VggConfig)]
-    cache = arguments.output_dir / "runs" / SCRIPT / "features"
-    features = Features(get_base(arguments), cache) if vgg_models else None
+    uses_vgg = any(isinstance(CONFIGS[name], VggConfig) for name in names)
+    features = get_features(arguments) if uses_vgg else None
     runs = {name: [] for name in names}
     for name, seed, folder in results.training_runs(SCRIPT, arguments, names, NUM_SEEDS):
         config = cli.with_flags(CONFIGS[name], arguments)
@@ -704,24 +508,14 @@ def train(arguments):
         splits["sample"] = splits.pop("test")
     else:
         splits["sample"] = load_splits(arguments.data_dir, sample=True)[0]["test"]
-    about = {"name": dataset.name, **{part: len(split.images) for part, split in splits.items()}}
-    about["sha256"] = dataset.checksums
-    folder = arguments.output_dir / "saved_models" / SCRIPT
-    compresslevel = 1 if arguments.quick else 9  # which takes three minutes for all models together
+    sizes = {part: len(split.images) for part, split in splits.items()}
+    about = {"name": dataset.name, "sha256": dataset.checksums, **sizes}
 
-    def save(network, name, metrics, config, seed, curves, seconds, **more):
-        card = models.card(
-            SCRIPT,
-            name,
-            arguments,
-            dataset=about,
-            metrics=metrics,
-            config=config,
-            seed=seed,
-            curves=curves,
-            seconds=seconds,
-        )
-        models.save_model(network, folder / f"{name}.keras", card | more, compresslevel)
+    def save(network, name, **facts):
+        path = arguments.output_dir / "saved_models" / SCRIPT / f"{name}.keras"
+        seeds = facts.pop("seeds", [])
+        card = models.card(SCRIPT, name, arguments, dataset=about, **facts) | {"seeds": seeds}
+        models.save_model(network, path, card, 1 if arguments.quick else 9)  # three minutes for all models together
 
     for name in names:
         seeds = []
@@ -731,22 +525,15 @@ def train(arguments):
         for number, (config, seed, network, curves, seconds) in enumerate(runs[name]):
             file_name = f"{name}_seed_{number}" if number else name
             if file_name in SAVED:
+                facts = {"config": config, "seed": seed, "curves": curves, "seconds": seconds}
                 metrics = {part: seeds[number][part] for part in splits}
-                save(network, file_name, metrics, config, seed, curves, seconds, seeds=[] if number else seeds)
-    if vgg_models:
-        config = dataclasses.replace(CONFIGS[vgg_models[0]], epochs=0)
-        save(features.base.blocks_1_to_4, BLOCKS_1_TO_4, {}, config, arguments.seed, {}, 0.0)
+                save(network, file_name, metrics=metrics, seeds=[] if number else seeds, **facts)
+    if uses_vgg:
+        untrained = {"config": dataclasses.replace(HEAD, epochs=0), "curves": {}, "seconds": 0.0, "metrics": {}}
+        save(features.base.blocks_1_to_4, BLOCKS_1_TO_4, seed=arguments.seed, **untrained)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
-
-
-def restore_base(folder):
-    """Returns the `VggBase` out of its saved parts; raises `UserError` where one is missing or damaged."""
-    blocks_1_to_4, tail = (
-        models.load_model(folder / f"{name}.keras", SCRIPT)[0] for name in (BLOCKS_1_TO_4, "vgg_features")
-    )
-    return VggBase(blocks_1_to_4, tail.get_layer("block_5"))
 
 
 def augmented_views(images):
@@ -757,28 +544,6 @@ def augmented_views(images):
         view = padded[:, first : first + side, first : first + side]
         yield view
         yield view[:, :, ::-1]
-
-
-def classification_metrics(probabilities, labels):
-    """Returns accuracy, top-5 accuracy, log loss and calibration error of probabilities (n, classes): dict of float."""
-    classes = np.arange(probabilities.shape[1])
-    probabilities = probabilities.astype("float64")
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
-    confidence, accuracy = reliability(probabilities, labels)
-    return {
-        "accuracy": float((probabilities.argmax(1) == labels).mean()),
-        "top_5_accuracy": float(top_k_accuracy_score(labels, probabilities, k=5, labels=classes)),
-        "log_loss": float(log_loss(labels, probabilities, labels=classes)),
-        "calibration_error": float(np.abs(confidence - accuracy).mean()),
-    }
-
-
-def reliability(probabilities, labels, bins=10):
-    """Returns mean confidence and accuracy of `bins` groups of as many images each, in order of confidence."""
-    accuracy, confidence = calibration_curve(
-        probabilities.argmax(1) == labels, probabilities.max(1), n_bins=bins, strategy="quantile"
-    )
-    return confidence, accuracy
 
 
 def evaluate(network, config, features, split):
@@ -806,64 +571,37 @@ def run_experiments(arguments):
     table = results.table_path(arguments.output_dir, SCRIPT)
     splits, _ = load_splits(arguments.data_dir, sample=arguments.sample, quick=arguments.quick)
     whole, labels = splits["train"], splits["validation"].labels
-    folder = arguments.output_dir / "runs" / SCRIPT
-    features = None
-    columns = (*ROW_FIELDS, *(f"validation_{name}" for name in METRICS))
-    planned = plan.planned_runs(arguments.seed)
-    for run in results.unfinished(table, planned, limit=2 if arguments.quick else None):
+    folder = arguments.output_dir / "runs" / SCRIPT / "experiments"  # probabilities of each run, for the ensembles
+    features = get_features(arguments)
+    for run in results.unfinished(table, plan.planned_runs(arguments.seed), limit=2 if arguments.quick else None):
         name, seed = run["name"], run["seed"]
-        row = dict.fromkeys(columns, "") | run
+        row = dict.fromkeys(ROW_FIELDS, "") | run
         if name in plan.ENSEMBLES:
-            members = [(member, seed + offset) for member, offset in plan.ENSEMBLES[name]]
-            mean = np.mean([np.load(probabilities_path(folder, *member)) for member in members], axis=0)
-            row["changes"] = ", ".join(f"{member} {number}" for member, number in members)
-            results.append_row(table, row | rounded(classification_metrics(mean, labels)))
-            continue
-        changes = plan.EXPERIMENTS[name]
-        config = dataclasses.replace(VggConfig() if name in plan.VGG else Config(), **changes)
-        config = cli.with_flags(config, arguments)
-        splits["train"] = Cifar100Images(*(array[: plan.num_images(name)] for array in whole))
-        if isinstance(config, VggConfig) and features is None:
-            features = Features(get_base(arguments), folder / "features")
-        try:
-            trained = train_one(config, splits, features, seed, folder=folder / "experiment", resume=False)
-        except training.Diverged:
-            results.append_row(table, row)
-            continue
-        network, curves, seconds = trained
-        measured, probabilities = evaluate(network, config, features, splits["validation"])
-        with replacing(probabilities_path(folder, name, seed)) as temporary, open(temporary, "wb") as file:
-            np.save(file, probabilities.astype("float16"))
-        row |= {
-            "changes": ", ".join(f"{field}={value}" for field, value in changes.items()),
-            "images": len(splits["train"].images),
-            "epochs": len(curves["loss"]),
-            "parameters": models.parameter_counts(network)["trainable"],
-            "seconds": round(seconds, 1),
-            "train_accuracy": round(curves["accuracy"][-1], 4),
-        }
-        results.append_row(table, row | rounded(measured))
+            members = [folder / f"{member} {seed + offset}.npy" for member, offset in plan.ENSEMBLES[name]]
+            row["changes"] = ", ".join(path.stem for path in members)
+            measured = classification_metrics(np.mean([np.load(path) for path in members], axis=0), labels)
+        else:
+            changes = plan.EXPERIMENTS[name]
+            row["changes"] = ", ".join(f"{field}={value}" for field, value in changes.items())
+            config = dataclasses.replace(VggConfig() if name in plan.VGG else Config(), **changes)
+            config = cli.with_flags(config, arguments)
+            splits["train"] = Cifar100Images(*(array[: plan.num_images(name)] for array in whole))
+            run = train_one(config, splits, features, seed, folder=folder / "checkpoint", resume=False)
+            network, curves, row["seconds"] = run
+            measured, probabilities = evaluate(network, config, features, splits["validation"])
+            with replacing(folder / f"{name} {seed}.npy") as temporary, open(temporary, "wb") as file:
+                np.save(file, probabilities.astype("float16"))
+            row |= {"images": len(splits["train"].images), "epochs": len(curves["loss"])}
+            row["parameters"] = models.parameter_counts(network)["trainable"]
+            row["train_accuracy"] = curves["accuracy"][-1]
+        row |= {f"validation_{metric}": value for metric, value in measured.items() if f"validation_{metric}" in row}
+        results.append_row(
+            table, {key: round(each, 4) if isinstance(each, float) else each for key, each in row.items()}
+        )
     return 0
 
 
-def rounded(measured):
-    """Returns the columns of the table for the metrics of a network."""
-    return {f"validation_{name}": round(measured[name], 4) for name in METRICS if name in measured}
-
-
-def probabilities_path(folder, name, seed):
-    """Returns where the validation probabilities of an experiment are kept, for ensembles."""
-    return folder / "probabilities" / f"{name.replace(' ', '_')}_{seed}.npy"
-
-
 # -------------------------------------------------------------------------------------------------------------- report
-
-
-def superclass_of(split):
-    """Returns the superclass of each class: int (100,)."""
-    superclasses = np.zeros(NUM_CLASSES, int)
-    superclasses[split.labels] = split.coarse_labels
-    return superclasses
 
 
 def confused_pairs(predicted, labels, count):
@@ -874,52 +612,27 @@ def confused_pairs(predicted, labels, count):
     return [(int(a), int(b), int(both[a, b])) for a, b in zip(*np.unravel_index(pairs, both.shape), strict=True)]
 
 
-def compare_experiments(table, plan):
-    """Returns what each technique is worth in validation accuracy: dict from comparison to dicts by experiment."""
-    compared = {}
-    for title, names in plan.COMPARISONS.items():
-        rows = table[table["name"].isin(names) & table["validation_accuracy"].notna()]
-        if names[0] in set(rows["name"]):
-            paired = results.paired_comparison(rows, "validation_accuracy", baseline=names[0])
-            paired["train_accuracy"] = rows.groupby("name")["train_accuracy"].mean()
-            paired["seconds"] = rows.groupby("name")["seconds"].mean()
-            paired["accuracies"] = rows.groupby("name")["validation_accuracy"].agg(list)
-            compared[title] = paired.reindex([name for name in names if name in paired.index]).to_dict("index")
-    return compared
-
-
-def summarise(cards, measured, test, probabilities, class_names, compared):
-    """Returns what `report/results/cifar100_transfer.json` holds; `cards`, `measured`, `probabilities` are by model."""
-    of_models = {}
-    for name, card in cards.items():
-        seeds = card["seeds"] or [{**card["metrics"], "seed": card["seed"]}]
-        accuracies = [100 * run["test"]["accuracy"] for run in seeds if "test" in run]
-        of_models[name] = {
-            "test": measured[name],
-            "seeds": len(accuracies),
-            "mean": float(np.mean(accuracies)) if accuracies else None,
-            "std": standard_deviation(accuracies),
-            "parameters": card["parameters"],
-            "epochs": len(card["curves"]["loss"]),
-            "minutes": round(card["seconds"] / 60, 1),
-            "seconds_per_epoch": round(card["seconds"] / len(card["curves"]["loss"]), 1),
-            "hardware": card["hardware"],
-            "shortened": card["shortened"],
-        }
-    summary = {"script": f"{SCRIPT}.py", "models": of_models, "experiments": compared}
-    if "ensemble" in measured:
-        summary["ensemble"] = {"members": list(MEMBERS), "test": measured["ensemble"]}
-    if BEST in probabilities:
-        pairs = confused_pairs(probabilities[BEST].argmax(1), test.labels, 10)
-        summary["confused_pairs"] = [[class_names[a], class_names[b], count] for a, b, count in pairs]
-    summary["superclass_accuracy"] = {name: superclass_accuracy(each, test) for name, each in probabilities.items()}
-    return summary
-
-
 def superclass_accuracy(probabilities, split):
     """Returns the share of images of each superclass whose class is right: list of float (20,)."""
     right = probabilities.argmax(1) == split.labels
     return [float(right[split.coarse_labels == number].mean()) for number in range(NUM_SUPERCLASSES)]
+
+
+def summarise_model(card, measured):
+    """Returns what the results say about a model: metrics of the saved network, mean over seeds, cost."""
+    accuracies = [run["test"]["accuracy"] for run in card["seeds"] if "test" in run]
+    epochs = len(card["curves"]["loss"])
+    return {
+        "test": measured,
+        "seeds": len(accuracies),
+        "mean": float(np.mean(accuracies)) if accuracies else None,
+        "std": standard_deviation(accuracies),
+        "parameters": card["parameters"],
+        "epochs": epochs,
+        "minutes": round(card["seconds"] / 60, 1),
+        "seconds_per_epoch": round(card["seconds"] / epochs, 1),
+        "hardware": card["hardware"],
+    }
 
 
 def report(arguments):
@@ -927,33 +640,43 @@ def report(arguments):
     folder = models.models_folder(arguments.output_dir, SCRIPT)
     splits, dataset = load_splits(arguments.data_dir, sample=arguments.sample, quick=arguments.quick)
     test, part = splits["test"], "sample" if arguments.sample else "test"
-    options = {"part": part, "size": len(test.images), "sha256": dataset.checksums}
     features, rows, written, cards, measured, probabilities = None, [], [], {}, {}, {}
-    for name in [arguments.model] if arguments.model else SAVED:
-        path, config = folder / f"{name}.keras", SAVED[name]
-        network, cards[name] = models.load_model(path, SCRIPT)
-        if isinstance(config, VggConfig):
-            features = features or Features(restore_base(folder), arguments.output_dir / "runs" / SCRIPT / "features")
-        measured[name], probabilities[name] = evaluate(network, config, features, test)
-    if set(MEMBERS) <= probabilities.keys():  # the card of the best network has the metrics of the ensemble
-        probabilities["ensemble"] = np.mean([probabilities[name] for name in MEMBERS], axis=0)
+    everything = CONFIGS if arguments.quick else SAVED  # with --quick there is one seed of each
+    for name in [arguments.model] if arguments.model else everything:
+        network, cards[name] = models.load_model(folder / f"{name}.keras", SCRIPT)
+        if isinstance(SAVED[name], VggConfig):
+            features = features or get_features(arguments)
+        measured[name], probabilities[name] = evaluate(network, SAVED[name], features, test)
+    if not arguments.model:  # the card of the best network has the metrics of the ensemble, too
+        members = [name for name in MEMBERS if name in everything]
+        probabilities["ensemble"] = np.mean([probabilities[name] for name in members], axis=0)
         measured["ensemble"] = classification_metrics(probabilities["ensemble"], test.labels)
         measured[BEST] |= {f"ensemble_{metric}": value for metric, value in measured["ensemble"].items()}
     for name, card in cards.items():
-        rows += results.compare(card, measured[name], **options)
+        rows += results.compare(card, measured[name], part=part, size=len(test.images), sha256=dataset.checksums)
         if arguments.record or (arguments.train and name == BEST):
             checksums = None if arguments.sample else dataset.checksums
             results.record_metrics(folder / f"{name}.keras", checksums, **{part: (len(test.images), measured[name])})
-    table_path = results.recorded_path(arguments, f"{SCRIPT}_experiments.csv")
-    numbers = ("seed", "seconds", "train_accuracy", "validation_accuracy")
-    table = results.read_table(table_path, numbers=numbers, texts=("name",))
+
+    summary = {
+        "script": f"{SCRIPT}.py",
+        "models": {name: summarise_model(card, measured[name]) for name, card in cards.items()},
+        "superclass_accuracy": {name: superclass_accuracy(each, test) for name, each in probabilities.items()},
+    }
+    if "ensemble" in measured:
+        pairs = confused_pairs(probabilities[BEST].argmax(1), test.labels, 10)
+        summary["confused_pairs"] = [[dataset.class_names[a], dataset.class_names[b], count] for a, b, count in pairs]
+        summary["ensemble"] = {"members": members, "test": measured["ensemble"]}
     plan = results.optional_module("experiments", SCRIPT)
-    compared = compare_experiments(table, plan) if plan else {}
-    summary = summarise(cards, measured, test, probabilities, dataset.class_names, compared)
+    if plan:
+        means = ("train_accuracy", "seconds")
+        path = results.recorded_path(arguments, f"{SCRIPT}_experiments.csv")
+        table = results.read_table(path, numbers=("seed", "validation_accuracy", *means), texts=("name",))
+        summary["experiments"] = results.compare_groups(table, plan.COMPARISONS, "validation_accuracy", means)
     if (arguments.train or arguments.record) and not arguments.sample:
         written.append(results.write_results(SCRIPT, arguments, summary, merged=("models", "superclass_accuracy")))
     plots = results.optional_module("plots", SCRIPT)
-    if plots and not arguments.model:  # the figures compare all models
+    if plots and plan and not arguments.model:  # the figures compare all models
         written += draw_figures(plots, summary, cards, probabilities, test, dataset.class_names, arguments)
     return results.conclude(SCRIPT, arguments, rows, written)
 
@@ -961,36 +684,34 @@ def report(arguments):
 def draw_figures(plots, summary, cards, probabilities, test, class_names, arguments):
     """Writes all figures; returns their paths."""
     folder = arguments.output_dir / "report" / "figures" / SCRIPT
-    predicted, confidence = probabilities[BEST].argmax(1), probabilities[BEST].max(1)
-    superclasses = superclass_of(test)
+    predicted = probabilities[BEST].argmax(1)
+    superclasses = np.zeros(NUM_CLASSES, int)
+    superclasses[test.labels] = test.coarse_labels
     counts = confusion_matrix(test.coarse_labels, superclasses[predicted], labels=range(NUM_SUPERCLASSES))
-    wrong = np.flatnonzero(predicted != test.labels)
-    mistakes = wrong[np.argsort(-confidence[wrong], kind="stable")[:16]]
+    mistakes = confident_mistakes(probabilities[BEST], test.labels, 16)
     titles = [f"{class_names[test.labels[each]]}\n{class_names[predicted[each]]}?" for each in mistakes]
     pairs = {}
     for a, b, count in confused_pairs(predicted, test.labels, 6):
         taken = ((test.labels == a) & (predicted == b)) | ((test.labels == b) & (predicted == a))
         pairs[f"{class_names[a]}, {class_names[b]}: {count}"] = test.images[np.flatnonzero(taken)[:6]]
-    reliabilities = {
-        name: (*reliability(probabilities[name], test.labels), summary_of["calibration_error"])
-        for name, summary_of in ((BEST, summary["models"][BEST]["test"]), ("ensemble", summary["ensemble"]["test"]))
-    }
-    order = [*MEMBERS, *(name for name in reversed(MODELS) if name not in MEMBERS)]
-    means = np.cumsum([probabilities[name] for name in order], axis=0)
-    sizes = [float((mean.argmax(1) == test.labels).mean()) for mean in means]
-    singles = [float((probabilities[name].argmax(1) == test.labels).mean()) for name in order]
-    curves = {name: cards[name]["curves"] for name in MODELS}
+    reliabilities = {name: reliability(probabilities[name], test.labels) for name in (BEST, "ensemble")}
+    order = summary["ensemble"]["members"]
+    order = [*order, *(name for name in reversed(MODELS) if name not in order)]
+    members = np.stack([probabilities[name] for name in order])
+    of_members, of_ensembles = (
+        (each.argmax(2) == test.labels).mean(1) for each in (members, np.cumsum(members, axis=0))
+    )
     accuracies = {name: summary["superclass_accuracy"][name] for name in ("vgg_full", BEST)}
     return [
         plots.draw_cost(summary["models"], folder / "cost.png"),
-        plots.draw_learning_curves(curves, folder / "learning_curves.png"),
+        plots.draw_learning_curves({name: cards[name]["curves"] for name in MODELS}, folder / "learning_curves.png"),
         *plots.draw_experiments(summary["experiments"], folder),
         plots.draw_confusion(counts, folder / "superclasses.png"),
         plots.draw_superclass_accuracy(accuracies, folder / "superclass_accuracy.png"),
         plots.draw_pairs(pairs, folder / "confused_pairs.png"),
         plots.draw_mistakes(test.images[mistakes], titles, folder / "mistakes.png"),
         plots.draw_reliability(reliabilities, folder / "calibration.png"),
-        plots.draw_ensemble(order, singles, sizes, folder / "ensemble.png"),
+        plots.draw_ensemble(order, of_members, of_ensembles, folder / "ensemble.png"),
     ]
 
 

@@ -99,7 +99,8 @@ def draw_learning_curves(curves, path):
 
 def draw_experiments(compared, folder):
     """One figure for our own network, one for VGG16; `compared` is a dict from comparison to dicts by experiment."""
-    groups = {"techniques": ["our own network"], "vgg16": ["heads on VGG16", "tuned block of VGG16"]}
+    own, vgg = ["our own network", "our own network with Muon"], ["heads on VGG16", "tuned block of VGG16"]
+    groups = {"techniques": own, "vgg16": vgg}
     paths = []
     for file_name, titles in groups.items():
         shown = {title: compared[title] for title in titles if title in compared}
@@ -111,7 +112,7 @@ def draw_experiments(compared, folder):
         )
         for axes, (title, rows) in zip(panels[:, 0], shown.items(), strict=True):
             baseline = next(iter(rows))
-            accuracies = {name: row["accuracies"] for name, row in rows.items()}
+            accuracies = {name: row["values"] for name, row in rows.items()}
             label = f"validation accuracy, one point per seed; line and band: {baseline} ± standard deviation"
             figures.experiments(axes, accuracies, baseline, label, rows[baseline]["noise"], percent=True)
             axes.set_title(f"What each change is worth: {title}")
@@ -167,13 +168,12 @@ def draw_mistakes(images, titles, path):
 
 
 def draw_reliability(reliabilities, path):
-    """Accuracy against confidence: dict from model to the confidence and accuracy of ten groups, and their mean gap."""
+    """Accuracy against confidence: dict from model to the confidence and the accuracy of ten groups."""
     figure, axes = plt.subplots(figsize=(5.2, 4.6))
     axes.plot([0, 1], [0, 1], color=figures.GREY, linewidth=0.8)
-    for (name, (confidence, accuracy, error)), color in zip(
-        reliabilities.items(), (figures.BLUE, figures.GREEN), strict=True
-    ):
-        axes.plot(confidence, accuracy, "o-", color=color, label=f"{NAMES[name]}: mean gap {error:.1%}")
+    for (name, (confidence, accuracy)), color in zip(reliabilities.items(), (figures.BLUE, figures.GREEN), strict=True):
+        gap = np.abs(confidence - accuracy).mean()
+        axes.plot(confidence, accuracy, "o-", color=color, label=f"{NAMES[name]}: mean gap {gap:.1%}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set(xlabel="mean confidence of a tenth of the test images", ylabel="accuracy of that tenth", aspect="equal")

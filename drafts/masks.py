@@ -26,6 +26,13 @@ def smooth(masks, sigma=1.0):
     return np.clip(ndimage.gaussian_filter(np.asarray(masks, "float32"), (0, sigma, sigma)), 0, 1)
 
 
+def enlarged(evidence, side):
+    """Scales evidence, float (n, size, size), to 0 to 1 in each image, and enlarges it to (n, side, side), smoothly."""
+    low, high = evidence.min(axis=(1, 2), keepdims=True), evidence.max(axis=(1, 2), keepdims=True)
+    evidence, zoom = (evidence - low) / np.maximum(high - low, 1e-6), side / evidence.shape[1]
+    return smooth(ndimage.zoom(evidence, (1, zoom, zoom), order=1, mode="nearest", grid_mode=True), 1.5)
+
+
 def stands_out(images):
     """Returns how much each pixel differs from the left, right and upper border, float (n, side, side), 0 to 1.
 

@@ -140,3 +140,12 @@ def test_a_horse_seen_from_the_front_gets_two_wings(cut):
     left, right = pasted[0, :, :16].sum(), pasted[0, :, 16:].sum()
     assert left == pytest.approx(right, rel=0.25)
     assert left > 10
+
+
+def test_evidence_is_enlarged_and_scaled():
+    evidence = np.zeros((1, 8, 8))
+    evidence[0, 5:7, 1:3] = 7
+    enlarged = masks.enlarged(evidence, 32)
+    assert enlarged.shape == (1, 32, 32)
+    assert np.unravel_index(enlarged.argmax(), (32, 32)) == pytest.approx((23.5, 7.5), abs=1)
+    assert enlarged.min() >= 0 < enlarged.max() <= 1

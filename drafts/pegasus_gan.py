@@ -1,10 +1,9 @@
 """A winged horse out of CIFAR-10, which has horses, birds and airplanes, but no winged horse.
 
-Two class-conditional generators are trained on CIFAR-10 alone: a diffusion model, whose U-Net predicts the velocity
-from a noisy image, and, for comparison, a GAN. The diffusion model draws winged horses in three ways: conditioned on a
-mixture of horse and bird (blend); guided by the bird in a band above the horse's back (composition); and from a collage
-of a horse and a wing, found by code, that is noised and denoised (collage). Two classifiers, trained on images and on
-composites of two, say how much horse and how much bird or airplane is in an image: judge A ranks, judge B reports.
+Two class-conditional generators are trained on CIFAR-10 alone: a diffusion model and, for comparison, a GAN. The first
+draws winged horses in three ways: conditioned on a mixture of horse and bird (blend); guided by the bird in a band over
+the horse's back (composition); and from a collage of a horse and a wing, noised and denoised. Two classifiers, trained
+on composites of two images, say how much horse and bird or airplane is in an image: judge A ranks, judge B reports.
 
     python pegasus_gan.py --train                  trains the four networks, draws and measures candidates
     python pegasus_gan.py --load                   restores the networks and verifies their metrics
@@ -20,24 +19,21 @@ from common import startup  # isort: skip  # noqa: F401  (before Keras is import
 
 import dataclasses
 import functools
-import importlib.util
 import math
 from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import layers, ops
-from PIL import Image
-from scipy import ndimage
-from scipy.spatial.distance import pdist
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from common import augmentation, cli, diffusion, gan, masks, metrics, models, results, training
+from common import augmentation, cli, diffusion, fid, masks, metrics, models, results, training
 from common.datasets import LabelledImages, load_cifar10
 from common.diffusion import Composition, convolution
 from common.errors import UserError
 from common.files import replacing
+from common.images import write_grid
 
 SCRIPT = "pegasus_gan"
 IMAGE_SIZE, IMAGE_SHAPE = 32, (32, 32, 3)
@@ -67,7 +63,7 @@ class Config:
     average: float = 0.999  # momentum of the moving average of the weights
     learning_rate: float = 1e-3  # the highest one of the schedule
     batch_size: int = 128
-    epochs: int = 24  # of 67,200 images: 48,000, and those of `OVERSAMPLED` once more
+    epochs: int = 32  # of 67,200 images: 48,000, and those of `OVERSAMPLED` once more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +77,7 @@ class GanConfig:
     average: float = 0.999  # momentum of the moving average of the weights
     learning_rate: float = 3e-4  # the highest one of the schedule
     batch_size: int = 64
-    epochs: int = 14
+    epochs: int = 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +112,7 @@ COLLAGE = Composition(start=0.55, layout=1.0, steps=16, spacing=1.0, shift=0, co
 def load_splits(data_dir, *, sample=False, quick=False):
     """Returns a dict of `LabelledImages`, "train", "validation" and "test", which only measures, and the `Dataset`."""
     dataset = load_cifar10(data_dir, sample=sample)
-    labels = np.asarray(dataset.train.labels)
-    size = min(NUM_VALIDATION, len(labels) // 5)
+    labels, size = np.asarray(dataset.train.labels), min(NUM_VALIDATION, len(dataset.train.labels) // 5)
     parts = train_test_split(np.arange(len(labels)), test_size=size, random_state=SPLIT_SEED, stratify=labels)
     count = QUICK_IMAGES if quick else None
     splits = {
@@ -163,6 +158,25 @@ def build_network(config):
     return diffusion.build_unet(IMAGE_SHAPE, {"classes": len(CLASSES)}, mixtures=True, **options)
 
 
+def modulated(features, condition):
+    """Batch normalisation whose scale and shift depend on the condition (Dumoulin et al. 2017), and ReLU."""
+    features = layers.BatchNormalization(center=False, scale=False, momentum=0.95)(features)
+    scale, shift = (layers.Dense(features.shape[-1])(condition)[:, None, None] for _ in range(2))
+    return layers.ReLU()(features * (1 + scale) + shift)
+
+
+class UnitSpectralNorm(keras.constraints.Constraint):
+    """Divides a kernel by its largest singular value after every step (Miyato et al. 2018 differentiate through it)."""
+
+    def __call__(self, kernel):
+        matrix = ops.reshape(kernel, (-1, kernel.shape[-1]))
+        right = np.random.default_rng(0).standard_normal((kernel.shape[-1], 1), dtype="float32")
+        for _ in range(8):
+            left = ops.normalize(ops.matmul(matrix, right), axis=0)
+            right = ops.normalize(ops.matmul(ops.transpose(matrix), left), axis=0)
+        return kernel / ops.norm(ops.matmul(matrix, right))
+
+
 def build_generator(config):
     """Builds the generator of the GAN: from a dict of `noise` (n, noise) and `classes` (n, 10) to images, -1 to 1."""
     noise, classes = keras.Input((config.noise,), name="noise"), keras.Input((len(CLASSES),), name="classes")
@@ -170,8 +184,8 @@ def build_generator(config):
     features = layers.Reshape((4, 4, config.widths[0]))(layers.Dense(16 * config.widths[0])(condition))
     for filters in config.widths:
         enlarged = layers.UpSampling2D(2)(features)
-        features = convolution(filters)(gan.modulated(enlarged, condition))
-        features = convolution(filters)(gan.modulated(features, condition))
+        features = convolution(filters)(modulated(enlarged, condition))
+        features = convolution(filters)(modulated(features, condition))
         features = layers.Add()([convolution(filters, 1)(enlarged), features])
     features = layers.ReLU()(layers.BatchNormalization(momentum=0.95)(features))
     images = convolution(3, activation="tanh", dtype="float32")(features)
@@ -181,7 +195,7 @@ def build_generator(config):
 def build_discriminator(config):
     """Builds the discriminator of the GAN: from `images`, -1 to 1, and `classes` to scores (n, 1), real ones high."""
     images, classes = keras.Input(IMAGE_SHAPE, name="images"), keras.Input((len(CLASSES),), name="classes")
-    bounded = {"kernel_initializer": "orthogonal", "kernel_constraint": gan.UnitSpectralNorm()}
+    bounded = {"kernel_initializer": "orthogonal", "kernel_constraint": UnitSpectralNorm()}
     features = convolution(config.discriminator_widths[0] // 2, **bounded)(images)
     for filters in config.discriminator_widths:
         inside = convolution(filters, **bounded)(layers.LeakyReLU(0.2)(features))
@@ -190,7 +204,9 @@ def build_discriminator(config):
         features = layers.Add()([layers.AveragePooling2D(2)(convolution(filters, 1, **bounded)(features)), inside])
     features = ops.sum(ops.cast(layers.LeakyReLU(0.2)(features), "float32"), axis=(1, 2))
     embedding = layers.Dense(features.shape[-1], use_bias=False, dtype="float32", **bounded)(classes)
-    score = gan.projection_score(features, layers.Dense(1, dtype="float32", **bounded)(features), embedding)
+    # A projection discriminator (Miyato & Koyama 2018): the embedding of the classes is one more direction of evidence.
+    projection = ops.sum(features * embedding, axis=1, keepdims=True)
+    score = layers.Dense(1, dtype="float32", **bounded)(features) + projection
     return keras.Model({"images": images, "classes": classes}, score, name="discriminator")
 
 
@@ -233,13 +249,47 @@ class JudgeTrainer(keras.Model):
         seed = self.seed_generator
         images = augmentation.translate(augmentation.mirror(normalize(inputs["images"]), seed), seed, 4)
         images, shown = augmentation.composites(images, inputs["classes"], seed)
-        # Estimates of the diffusion model are blurred at first, and the judge has to find the horse in them.
-        blurred = ops.image.resize(ops.average_pool(images, 2, 2), IMAGE_SHAPE[:2], interpolation="bilinear")
-        images = ops.where(augmentation.random_uniform(images, seed) < 0.15, blurred, images)
+        images = augmentation.blur(images, seed, 0.15)  # as estimates of the diffusion model are at first
         return self.judge((images + 1) * 127.5, training=training), shown
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return ops.mean(keras.losses.binary_crossentropy(y_pred[1], y_pred[0]))
+
+
+class GanTrainer(keras.Model):
+    """Trains generator and discriminator at once with the hinge loss (Lim & Ye 2017).
+
+    It is fitted on a dict of `images` and `classes`. All images that the discriminator sees are augmented as in Zhao et
+    al. 2020, so that it does not memorise the real ones.
+    """
+
+    def __init__(self, generator, discriminator, seed):
+        super().__init__()
+        self.generator, self.discriminator = generator, discriminator
+        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.trackers = [keras.metrics.Mean(name=f"{name}_loss") for name in ("generator", "discriminator")]
+        self.built = True  # all its variables exist, without which a checkpoint cannot be restored
+
+    def call(self, inputs, training=False):
+        """Returns the scores of real images, of generated ones, and of generated ones as the generator sees them."""
+        seed, classes = self.seed_generator, inputs["classes"]
+        real = augmentation.mirror(normalize(inputs["images"]), seed)
+        noise = keras.random.normal((ops.shape(classes)[0], self.generator.input["noise"].shape[1]), seed=seed)
+        generated = self.generator({"noise": noise, "classes": classes}, training=training)
+        real, generated = (augmentation.differentiable(images, seed) for images in (real, generated))
+        images = ops.concatenate([real, ops.stop_gradient(generated)])
+        scores = self.discriminator({"images": images, "classes": ops.concatenate([classes, classes])})
+        # The generator learns from a discriminator that does not, which lets one optimizer train both.
+        frozen = [ops.stop_gradient(variable.value) for variable in self.discriminator.trainable_variables]
+        seen, _ = self.discriminator.stateless_call(frozen, [], {"images": generated, "classes": classes})
+        return *ops.split(scores, 2), seen
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        real, generated, seen = y_pred
+        losses = -ops.mean(seen), ops.mean(ops.relu(1 - real)) + ops.mean(ops.relu(1 + generated))
+        for tracker, loss in zip(self.trackers, losses, strict=True):
+            tracker.update_state(loss)
+        return losses[0] + losses[1]
 
 
 def train_network(name, config, splits, seed, **checkpoint):
@@ -249,7 +299,7 @@ def train_network(name, config, splits, seed, **checkpoint):
         build, wrap = build_judge, functools.partial(JudgeTrainer, seed=seed)
         optimizer = functools.partial(keras.optimizers.AdamW, weight_decay=0.02)
     elif name == "diffusion":
-        build, optimizer = build_network, diffusion.averaging_optimizer(config.average)
+        build, optimizer = build_network, diffusion.averaging_optimizer(config.average, global_clipnorm=1.0)
         options = {"null_labels": NULL, "normalize": normalize, "flip": True}
         wrap = functools.partial(diffusion.Trainer, config=config, seed=seed, **options)
     else:
@@ -259,7 +309,7 @@ def train_network(name, config, splits, seed, **checkpoint):
         keras.utils.set_random_seed(seed)
         with training.computing_in(training.fast_precision()):
             discriminator = build_discriminator(config)
-        wrap = functools.partial(gan.Trainer, discriminator=discriminator, seed=seed, normalize=normalize)
+        wrap = functools.partial(GanTrainer, discriminator=discriminator, seed=seed)
     parts = functools.partial(build, config), wrap, optimizer, config, data, seed, held_out
     network, curves, seconds = diffusion.train_network(*parts, **checkpoint)
     if name == "gan":  # batch normalisation has the statistics of the last weights, not of the averaged ones
@@ -282,10 +332,7 @@ def sample(sampler, classes, seed, batch_size=BATCH):
 def find_objects(maps, images, labels):
     """Finds the object of the class `labels` (n,) in each image by class activation `maps` (Zhou et al. 2016)."""
     evidence = maps.predict(images, batch_size=PREDICT_BATCH_SIZE, verbose=0)[np.arange(len(images)), ..., labels]
-    low, high = evidence.min(axis=(1, 2), keepdims=True), evidence.max(axis=(1, 2), keepdims=True)
-    evidence, zoom = (evidence - low) / np.maximum(high - low, 1e-6), IMAGE_SIZE / evidence.shape[1]
-    evidence = ndimage.zoom(evidence, (1, zoom, zoom), order=1, mode="nearest", grid_mode=True)
-    return masks.find_objects(images, masks.smooth(evidence, 1.5))
+    return masks.find_objects(images, masks.enlarged(evidence, IMAGE_SIZE))
 
 
 class Tools(NamedTuple):
@@ -341,8 +388,7 @@ def blend(wings, mixture=MIXTURE):
 def draw_composition(tools, wings, seed, settings=COMPOSITION, height=HEIGHT, strength=1.0):
     """Draws horses from noise, and `wings` (n,), a class each, in a band above the back that is found on the way.
 
-    At high noise all is horse. When its back is found for the first time, the horse is moved down if there is no room
-    above it. `strength`, 0 to 1, multiplies the mask.
+    The horse is moved down if there is no room above its back. `strength`, 0 to 1, multiplies the mask.
     """
     horse, bodies = np.full(len(wings), HORSE), None
 
@@ -363,8 +409,7 @@ def draw_composition(tools, wings, seed, settings=COMPOSITION, height=HEIGHT, st
 def draw_collage(tools, wings, seed, settings=COLLAGE, real=None):
     """Pastes wings onto horses by code, noises the collages to `settings.start`, and denoises them (SDEdit).
 
-    Horses and wings are generated, or come from `real`, `LabelledImages`: of four times as many horses as needed those
-    that are seen best.
+    Horses and wings are generated, or from `real`, `LabelledImages`: of four times as many horses those seen best.
     """
     draws, count, horse = np.random.default_rng([seed, 1]), len(wings), np.full(len(wings), HORSE)
     if real is None:
@@ -394,30 +439,20 @@ def draw(tools, way, wings, seed, real=None, quick=False):
     """Draws one batch of winged horses in one of `WAYS`; `real` are the images of "collage_real"."""
     if way == "blend":
         return Drawn(sample(tools.sampler, blend(wings), seed, len(wings)))
-    settings = COMPOSITION if way == "composition" else COLLAGE
-    settings = dataclasses.replace(settings, steps=QUICK_STEPS) if quick else settings
+    fewer = {"steps": QUICK_STEPS} if quick else {}
     if way == "composition":
-        return draw_composition(tools, wings, seed, settings)
-    return draw_collage(tools, wings, seed, settings, real if way == "collage_real" else None)
+        return draw_composition(tools, wings, seed, dataclasses.replace(COMPOSITION, **fewer))
+    return draw_collage(tools, wings, seed, dataclasses.replace(COLLAGE, **fewer), real if way == WAYS[3] else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def find(arguments, name):
-    """Returns where a model is: in the output directory or, where it is not, in the repository."""
-    path = models.models_folder(arguments.output_dir, SCRIPT) / f"{FILES[name]}.keras"
-    return path if path.exists() else models.models_folder(cli.REPOSITORY, SCRIPT) / path.name
-
-
 def restore(arguments, name):
     """Restores a model, a key of `CONFIGS`; returns it, its config and its card."""
-    model, card = models.load_model(find(arguments, name), SCRIPT)
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in card["config"].items()}
-    try:
-        return compiled_fast(model), type(CONFIGS[name])(**fields), card
-    except TypeError as error:
-        raise UserError(f"the card of {name} has another config ({error}); {models.RESTORE}") from error
+    path = models.model_path(arguments.output_dir, SCRIPT, FILES[name])
+    model, config, card = models.restore(path, SCRIPT, type(CONFIGS[name]))
+    return compiled_fast(model), config, card
 
 
 def predict(judge, images):
@@ -440,8 +475,8 @@ def extract_features(judge, images):
 def measure_judge(judge, split):
     """Returns accuracy, and how well the score tells halves of horse and winged from others (area under the ROC)."""
     horses, winged = of_class(split, "horse"), of_class(split, *WINGED)
-    both = augmentation.halves(horses, winged)
-    mixed = augmentation.halves(horses, of_class(split, "deer", "dog", "truck", "ship"))
+    without_wings = of_class(split, "deer", "dog", "truck", "ship")
+    both, mixed = (augmentation.halves(horses, each) for each in (winged, without_wings))
     others = np.concatenate([horses, winged, mixed])
     scores = score(judge, np.concatenate([both, others]))
     return {
@@ -459,31 +494,17 @@ def generate(name, model, config, classes, seed, sampling=SAMPLING, quick=False)
     return denormalize(model.predict({"noise": noise, "classes": classes}, batch_size=PREDICT_BATCH_SIZE, verbose=0))
 
 
-def generator_fid(images, real, arguments):
-    """Returns the Fréchet distance in 768-d Inception features as a dict, empty where it cannot be measured."""
-    if importlib.util.find_spec("common.fid") is None or len(images) < 1000:
-        return {}
-    from common import fid
-
-    features = (fid.features(each, arguments.data_dir) for each in (images, real[: len(images)]))
-    return {"fid_768": metrics.frechet_distance(*features)}
-
-
-def fid_scale(splits, arguments):
-    """Returns the Fréchet distance to the test images of as many training images, blurred test images, and noise."""
-    test = splits["test"].images
-    noise = np.random.default_rng(0).integers(0, 256, test.shape, "uint8")
-    sets = {"train": splits["train"].images, "blurred": ndimage.gaussian_filter(test, (0, 1, 1, 0)), "noise": noise}
-    return {name: generator_fid(images[: len(test)], test, arguments) for name, images in sets.items()}
-
-
 def measure_generator(name, model, config, judge, split, arguments, on_sample):
-    """Returns the metrics of class-conditional samples, as many of each class: agreement of judge B, and FID."""
+    """Returns the metrics of class-conditional samples, as many of each class: agreement of judge B, FID (768-d)."""
     count = 20 if arguments.quick else NUM_SAMPLES_ON_SAMPLE if on_sample else NUM_SAMPLES
     labels, sampling = np.arange(count) % len(CLASSES), DETERMINISTIC_SAMPLING if on_sample else SAMPLING
     images = generate(name, model, config, one_hot(labels), arguments.seed, sampling, arguments.quick)
-    agreed = float(np.mean(predict(judge, images).argmax(1) == labels))
-    return {"class_agreement": agreed} | ({} if on_sample else generator_fid(images, split.images, arguments))
+    measured = {"class_agreement": float(np.mean(predict(judge, images).argmax(1) == labels))}
+    if on_sample or count < fid.MIN_IMAGES:
+        return measured
+    weights, folder = fid.load_network(arguments.data_dir), arguments.data_dir
+    known = fid.cached_features(weights, split.images[:count], folder, "test images")
+    return measured | fid.compare(fid.features(weights, images, "samples"), known)
 
 
 class PegasusEvaluation(NamedTuple):
@@ -532,15 +553,10 @@ def evaluate_pegasus(tools, judges, splits, arguments, on_sample, best=None):
             f"{way}_nearer_than_test_pixels": float(np.mean(by_pixels < np.percentile(of_test[0], 1))),
             f"{way}_nearer_than_test_features": float(np.mean(by_features < np.percentile(of_test[1], 1))),
             f"{way}_realism": float(np.median(by_features) / np.median(of_test[1])),  # 1: as near as test images
-            f"{way}_diversity": mean_distance(images) / mean_distance(of_class(train, "horse")[:count]),
+            f"{way}_diversity": metrics.mean_distance(images) / metrics.mean_distance(of_class(train, "horse")[:count]),
         }
     measured |= {f"{name}_score": float(scores[name].mean()) for name in ("horse", "bird", "pixel_average")}
     return PegasusEvaluation(measured, tools, drawn, found, best_images, scores, nearest)
-
-
-def mean_distance(images):
-    """Returns the mean root mean squared difference between any two of the images, in grey levels."""
-    return float(pdist(images.reshape(len(images), -1)).mean() / math.sqrt(images[0].size))
 
 
 def measure(name, model, config, judges, splits, arguments, on_sample, best=None):
@@ -572,19 +588,17 @@ def smaller(config):
 
 def train(arguments):
     """Trains, measures and saves the wanted models one by one; returns what `measure` says of each."""
-    options = {"sample": arguments.sample, "quick": arguments.quick}
-    (splits, dataset), (few, _) = (load_splits(arguments.data_dir, **options | each) for each in ({}, {"sample": True}))
+    load = functools.partial(load_splits, arguments.data_dir, quick=arguments.quick)
+    (splits, dataset), (few, _) = load(sample=arguments.sample), load(sample=True)
     names = [arguments.model] if arguments.model else list(CONFIGS)
     trained, measured = {}, {}
     for name, seed, folder in results.training_runs(SCRIPT, arguments, names, dict.fromkeys(names, 1)):
-        config = cli.with_flags(CONFIGS[name], arguments)
-        config = smaller(config) if arguments.quick else config
-        checkpoint = {"folder": folder, "resume": arguments.resume}
-        trained[name], curves, seconds = train_network(name, config, splits, seed, **checkpoint)
+        config = cli.with_flags(smaller(CONFIGS[name]) if arguments.quick else CONFIGS[name], arguments)
+        run = train_network(name, config, splits, seed, folder=folder, resume=arguments.resume)
+        trained[name], curves, seconds = run
         parts = name, trained[name], config, needed_judges(arguments, name, trained)
-        on_sample = measured[name] = measure(*parts, few, arguments, True)
-        if not arguments.sample:
-            measured[name] = measure(*parts, splits, arguments, False)
+        on_sample = measure(*parts, few, arguments, True)
+        measured[name] = on_sample if arguments.sample else measure(*parts, splits, arguments, False)
         sizes = {part: len(split.images) for part, split in {**splits, "sample": few["test"]}.items()}
         about = {"dataset": {"name": dataset.name, **sizes, "sha256": dataset.checksums}, "curves": curves}
         about["metrics"] = {"test": measured[name][0], "sample": on_sample[0]}
@@ -605,11 +619,10 @@ def run_experiments(arguments):
     (network, config, _), (judge, _, _) = (restore(arguments, name) for name in ("diffusion", "judge_a"))
     tools = make_tools(models.for_prediction(network), models.for_prediction(judge), config, arguments.quick)
     path, count = results.table_path(arguments.output_dir, SCRIPT), QUICK_BATCH if arguments.quick else BATCH
-    fewer = {"steps": QUICK_STEPS} if arguments.quick else {}
     for run in results.unfinished(path, plan.runs(arguments.seed, arguments.quick)):
         way, changed, options = plan.EXPERIMENTS[run["name"]]
         function, settings = (draw_composition, COMPOSITION) if way == "composition" else (draw_collage, COLLAGE)
-        settings = dataclasses.replace(settings, **changed | fewer)
+        settings = dataclasses.replace(settings, **changed | ({"steps": QUICK_STEPS} if arguments.quick else {}))
         scores = score(judge, function(tools, wing_classes(count), run["seed"], settings, **options).images)
         row = {**run, "way": way, **dataclasses.asdict(settings), "height": options.get("height", HEIGHT)}
         row |= {"score": round(float(scores.mean()), 5), "above_half": round(float(np.mean(scores > 0.5)), 5)}
@@ -620,10 +633,7 @@ def run_experiments(arguments):
 
 
 def report(arguments, measured=None):
-    """Restores the saved models, measures them, and writes figures; returns the exit code.
-
-    `measured` is what was measured after a training run just now. Results are written then, or to record them.
-    """
+    """Restores the saved models, measures them unless `measured` just now, writes figures; returns the exit code."""
     splits, dataset = load_splits(arguments.data_dir, sample=arguments.sample, quick=arguments.quick)
     folder, part = arguments.output_dir / "report" / "figures" / SCRIPT, "sample" if arguments.sample else "test"
     names, size = [arguments.model] if arguments.model else list(CONFIGS), len(splits["test"].images)
@@ -635,14 +645,15 @@ def report(arguments, measured=None):
         (found, _), sums, values = measured[name], dataset.checksums, {part: (size, measured[name][0])}
         rows += results.compare(card, found, part=part, size=size, sha256=sums)
         if arguments.record:
-            results.record_metrics(find(arguments, name), None if arguments.sample else sums, **values)
+            path = models.model_path(arguments.output_dir, SCRIPT, FILES[name])
+            results.record_metrics(path, None if arguments.sample else sums, **values)
     if arguments.train or (arguments.record and not arguments.sample):
-        of_models = {
-            name: {key: card[key] for key in ("epochs", "hardware", "shortened", "seconds", "parameters")}
-            | {part: measured[name][0]}
-            for name, (_, _, card) in restored.items()
-        }
-        summary = {"script": f"{SCRIPT}.py", "models": of_models, "seeds": 1, "fid_scale": fid_scale(splits, arguments)}
+        kept = ("epochs", "hardware", "shortened", "seconds", "parameters")
+        of_models = {name: {key: card[key] for key in kept} for name, (*_, card) in restored.items()}
+        of_models = {name: values | {part: measured[name][0]} for name, values in of_models.items()}
+        summary = {"script": f"{SCRIPT}.py", "models": of_models, "seeds": 1}
+        if {"diffusion", "gan"} & set(names) and not arguments.sample and not arguments.quick:
+            summary["fid_scale"] = fid.scale(arguments.data_dir, splits["train"].images, splits["test"].images)
         written.append(results.write_results(SCRIPT, arguments, summary))
     plots = results.optional_module("plots", SCRIPT)
     path, numbers = results.recorded_path(arguments, f"{SCRIPT}_experiments.csv"), ("score", "above_half")
@@ -667,10 +678,9 @@ def draw_figures(plots, restored, evaluation, splits, arguments, folder):
         "GAN": generate("gan", gan_network, gan_config, one_hot(labels), arguments.seed),
     }
     curves = {name: card["curves"] for name, (*_, card) in restored.items()}
-    best = max(evaluation.best, key=lambda way: evaluation.best[way]["score"])
+    best = max(WAYS, key=lambda way: evaluation.best[way]["score"])
     stages = [(each.time, denormalize(each.image), each.mask) for each in evaluation.drawn["composition"].stages]
-    collage = evaluation.drawn["collage"]
-    unselected = {way: drawn.images for way, drawn in evaluation.drawn.items()}
+    collage, unselected = evaluation.drawn["collage"], {way: each.images for way, each in evaluation.drawn.items()}
     return [
         plots.draw_pegasus(evaluation.best_images, best, folder / "pegasus.png"),
         *(plots.draw_unselected(images, way, folder / f"unselected_{way}.png") for way, images in unselected.items()),
@@ -708,30 +718,20 @@ def draw_asked(arguments):
         if known and not arguments.wings and count >= BATCH:  # the best of all candidates, as recorded
             best = draw(tools, method, first, known["seed"]).images[known["index"]]
     scores, stem = score(judge, images), f"{stem}_seed_{arguments.seed}"
-    written = [write_png(images, folder / f"{stem}.png", 2)]
+    written = [write_grid(images, folder / f"{stem}.png", 2)]
     if not arguments.class_name:
         best = images[scores.argmax()] if best is None else best
-        written.append(write_png(best[None], folder / f"{stem}_best.png", 12))
-    with replacing(folder / f"{stem}.npz") as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, images=images, score=scores, **{"class" if arguments.class_name else "wings": labels})
+        written.append(write_grid(best[None], folder / f"{stem}_best.png", 12))
+    kind = "class" if arguments.class_name else "wings"
+    with replacing(folder / f"{stem}.npz") as temporary:
+        np.savez_compressed(temporary, images=images, score=scores, **{kind: labels})
     return [*written, folder / f"{stem}.npz"]
-
-
-def write_png(images, path, scale):
-    """Writes images as a square grid, each pixel `scale` pixels large; returns `path`."""
-    columns = math.ceil(math.sqrt(len(images)))
-    white = np.full((-len(images) % columns, *IMAGE_SHAPE), 255, "uint8")  # fills the last row
-    grid = np.concatenate([images, white]).reshape(-1, columns, *IMAGE_SHAPE).transpose(0, 2, 1, 3, 4)
-    grid = grid.reshape(-1, columns * IMAGE_SIZE, 3).repeat(scale, axis=0).repeat(scale, axis=1)
-    with replacing(path) as temporary:
-        Image.fromarray(grid).save(temporary, format="PNG")
-    return path
 
 
 def main(argv=None):
     flags = cli.parser(__doc__, list(CONFIGS))
     group = flags.add_argument_group("drawing, with --load; needs no dataset")
-    group.add_argument("--samples", type=cli.whole_number(1, 10_000), metavar="N", help="images (default: 64)")
+    group.add_argument("--samples", type=cli.number(int, 1, 10_000), metavar="N", help="images (default: 64)")
     group.add_argument("--method", choices=WAYS[:3], help="of drawing winged horses (default: composition)")
     group.add_argument("--wings", choices=list(WINGED), help="where they come from (default: both in turn)")
     group.add_argument("--class", choices=CLASSES, dest="class_name", help="draws this class instead")

@@ -1,5 +1,6 @@
 """The figures of pegasus_gan.py. Each function draws what it is handed, and returns the path of the file."""
 
+import itertools
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -62,8 +63,9 @@ def draw_pegasus(images, chosen, path):
 
 def draw_unselected(images, way, path):
     """The first batch of one way, unselected."""
-    figure, axes = plt.subplots(figsize=(6, 6.3))
-    grid(axes, square(images), title=f"{WAYS[way]}: the first {len(images)}, unselected")
+    shown = square(images)
+    figure, axes = plt.subplots(figsize=(6, 6 * shown.shape[0] / shown.shape[1] + 0.3))
+    grid(axes, shown, title=f"{WAYS[way]}: the first {len(images)}, unselected")
     return figures.save(figure, path)
 
 
@@ -205,6 +207,9 @@ def draw_experiments(table, path):
 # ------------------------------------------------------------------------------------------------ architecture diagrams
 
 
+SMALL = {"ha": "center", "va": "center", "fontsize": 8, "color": figures.GREY}
+
+
 def box(axes, x, y, text, color=figures.BLUE):
     frame = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": color, "linewidth": 1.5}
     axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame, zorder=2)
@@ -219,36 +224,83 @@ def arrow(axes, start, end, text="", place=(0, 0.06), color=figures.GREY):
     axes.annotate("", nearer, middle, arrowprops=direction, zorder=0)
     if text:
         x, y = (a + b for a, b in zip(middle, place, strict=True))
-        axes.text(x, y, text, ha="center", va="center", fontsize=8, color=figures.GREY, zorder=1)
+        axes.text(x, y, text, **SMALL, zorder=1)
+
+
+def chain(axes, texts, y, left, right, color=figures.BLUE):
+    """A row of boxes joined by arrows; returns where they are."""
+    places = np.linspace(left, right, len(texts))
+    for x, text in zip(places, texts, strict=True):
+        box(axes, x, y, text, color)
+    for start, end in itertools.pairwise(places):
+        arrow(axes, (start, y), (end, y))
+    return places
 
 
 def draw_network(widths, patch, blocks, path):
-    """The U-Net of the diffusion model, and how two predictions are mixed by a mask."""
-    figure, axes = plt.subplots(figsize=(10, 5.8))
+    """The U-Net of the diffusion model, one of its residual blocks, and how two predictions are mixed by a mask."""
+    figure, axes = plt.subplots(figsize=(10, 9.2))
     sides = [32 // patch // 2**level for level in range(len(widths))]
     last, block = len(widths) - 1, "residual block" if blocks == 1 else f"{blocks} residual blocks"
-    edge = 2.1
+    edge, inner, bottom = 2.4, 1.75, -1.5 * (len(widths) - 1)
+    box(axes, 0, bottom, f"{sides[-1]} × {sides[-1]} × {widths[-1]}\nresidual block")
+    conditioned = [(0, bottom)]
     for level, (side, filters) in enumerate(zip(sides, widths, strict=True)):
-        extra, y = "\nself-attention" if level == last else "", -1.5 * level
-        inner = edge if level < last else 1.55
-        for x in (-inner, inner):
+        extra, y, beside = "\nself-attention" if level == last else "", -1.5 * level, edge if level < last else inner
+        for x in (-beside, beside):
             box(axes, x, y, f"{side} × {side} × {filters}\n{block}{extra}")
+            conditioned.append((x, y))
         if level < last:
-            arrow(axes, (-edge, y), (edge, y), "skip connections: concatenation", (0, 0.1))
-    for sign, text in ((-1, "average\npooling"), (1, "upsampling")):
-        ends = [(sign * edge, 0), (sign * 1.55, -1.5 * last)]
-        arrow(axes, *(ends if sign < 0 else ends[::-1]), text, (sign * 0.45, 0))
-    box(axes, 0, -1.5 * last, f"{sides[-1]} × {sides[-1]} × {widths[-1]}\nresidual block")
-    arrow(axes, (-1.55, -1.5 * last), (0, -1.5 * last))
-    arrow(axes, (0, -1.5 * last), (1.55, -1.5 * last))
+            arrow(axes, (-edge, y), (edge, y), "skip connections:\nconcatenation", (-1.42, -0.17))
+            below = edge if level + 1 < last else inner
+            arrow(axes, (-edge, y), (-below, y - 1.5), "average\npooling", (-0.45, 0))
+            arrow(axes, (below, y - 1.5), (edge, y), "upsampling", (0.5, 0))
+    arrow(axes, (-inner, bottom), (0, bottom))
+    arrow(axes, (0, bottom), (inner, bottom))
     box(axes, -edge, 1.5, "noisy image\n32 × 32 × 3", figures.GREEN)
     box(axes, edge, 1.5, "velocity\n32 × 32 × 3", figures.RED)
-    arrow(axes, (-edge, 1.5), (-edge, 0), f"{patch} × {patch} pixels become\nchannels, convolution", (-0.72, 0))
-    arrow(axes, (edge, 0), (edge, 1.5), f"convolution, channels\nbecome {patch} × {patch} pixels", (0.72, 0))
-    text = "time (sines) and weights of the ten classes\n(times a matrix of embeddings): scale and\nshift of"
-    box(axes, 0, 1.5, f"{text} every filter in every residual block", figures.ORANGE)
-    arrow(axes, (0, 1.5), (0, 0.2), color=figures.ORANGE)
-    axes.set(xlim=(-edge - 1.2, edge + 1.2), ylim=(-1.5 * last - 0.7, 2.1))
+    arrow(axes, (-edge, 1.5), (-edge, 0), f"{patch} × {patch} pixels become\nchannels, convolution", (-0.75, 0))
+    arrow(axes, (edge, 0), (edge, 1.5), f"convolution, channels\nbecome {patch} × {patch} pixels", (0.75, 0))
+    text = "condition: embedding of time (sines) + class\nembeddings, mixed by the weights of the classes"
+    box(axes, 0, 1.5, text, figures.ORANGE)
+    for place in conditioned:
+        arrow(axes, (0, 1.5), place, color=figures.ORANGE)
+
+    y = bottom - 1.7
+    axes.text(-edge - 1.1, y + 0.75, "A residual block", fontsize=11)
+    steps = [
+        "input",
+        "group norm,\nReLU",
+        "convolution\n3 × 3",
+        "group norm, scale\nand shift, ReLU",
+        "convolution\n3 × 3",
+        "+",
+    ]
+    places = chain(axes, steps, y, -edge - 0.8, edge + 0.2)
+    axes.plot([places[0], places[0], places[-1], places[-1]], [y, y - 0.5, y - 0.5, y], color=figures.GREY, zorder=0)
+    axes.text(0, y - 0.62, "identity, or a 1 × 1 convolution where the width changes", **SMALL)
+    box(axes, places[3], y + 0.75, "condition", figures.ORANGE)
+    arrow(axes, (places[3], y + 0.75), (places[3], y), color=figures.ORANGE)
+
+    y -= 1.8
+    axes.text(-edge - 1.1, y + 0.85, "Guidance in space, at each step of sampling", fontsize=11)
+    rows = {
+        0.4: ("horse", "2 predictions: horse and no class", "1 − mask"),
+        -0.4: ("wings", "2 predictions: bird or airplane, and no class", "mask"),
+    }
+    box(axes, -edge - 0.5, y, "noisy image", figures.GREEN)
+    box(axes, edge, y, "velocity,\nmixed", figures.RED)
+    for offset, (name, text, weight) in rows.items():
+        box(axes, -0.25, y + offset, f"{text}\nextrapolated by the guidance weight of the {name}")
+        arrow(axes, (-edge - 0.5, y), (-0.25, y + offset))
+        arrow(
+            axes,
+            (-0.25, y + offset),
+            (edge, y),
+            f"× ({weight})" if "−" in weight else f"× {weight}",
+            (0.4, 0.22 * np.sign(offset)),
+        )
+    axes.set(xlim=(-edge - 1.3, edge + 1.3), ylim=(y - 0.8, 2.0))
     axes.set_axis_off()
     axes.set_title("The diffusion network: a U-Net of residual blocks, conditioned on time and any mixture of classes")
     return figures.save(figure, path)

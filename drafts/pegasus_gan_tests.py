@@ -9,7 +9,7 @@ import numpy as np
 import pegasus_gan as script
 import pytest
 from conftest import QUICK_COMPILATION, REPOSITORY, run_elsewhere, run_script
-from keras import ops
+from keras import layers, ops
 
 from common import diffusion, models
 from common.datasets import LabelledImages
@@ -62,6 +62,18 @@ def test_networks_are_small_enough_and_start_as_said():
     assert discriminator({"images": np.asarray(images), "classes": classes}).shape == (2, 1)
 
 
+def test_the_projection_term_is_the_dot_product_with_the_class_embedding():
+    discriminator = script.build_discriminator(script.GanConfig(discriminator_widths=(8, 8, 8)))
+    embedding, unconditional = (layer for layer in discriminator.layers if isinstance(layer, layers.Dense))
+    images = {"images": GENERATOR.uniform(-1, 1, (3, 32, 32, 3)).astype("float32")}
+    features = ops.convert_to_numpy(keras.Model(discriminator.input["images"], unconditional.input)(images["images"]))
+    without = ops.convert_to_numpy(discriminator({**images, "classes": np.zeros((3, 10), "float32")}))
+    of_classes = ops.convert_to_numpy(discriminator({**images, "classes": script.one_hot([7, 2, 0])}))
+    expected = (features * ops.convert_to_numpy(embedding.kernel)[[7, 2, 0]]).sum(axis=1)
+    assert np.allclose((of_classes - without)[:, 0], expected, atol=1e-4 * np.abs(features).max())
+    assert np.allclose(without, unconditional(features), atol=1e-4 * np.abs(features).max())
+
+
 @pytest.mark.parametrize("name", ["judge_a", "judge_b"])
 def test_a_judge_pools_its_evidence(name):
     config = dataclasses.replace(script.CONFIGS[name], widths=(8, 16))
@@ -74,6 +86,72 @@ def test_a_judge_pools_its_evidence(name):
     assert np.allclose(judge(images), 1 / (1 + np.exp(-mean)), atol=1e-5)
     judges = [script.build_judge(script.CONFIGS[each]) for each in ("judge_a", "judge_b")]
     assert judges[0].count_params() != judges[1].count_params()  # two that are independent
+
+
+# ------------------------------------------------------------------------------------------------- losses and training
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 16, 24), (40, 7), (12, 1)])
+def test_kernels_get_a_spectral_norm_close_to_1(shape):
+    kernel = GENERATOR.normal(size=shape).astype("float32")
+    bounded = ops.convert_to_numpy(script.UnitSpectralNorm()(kernel)).reshape(-1, shape[-1])
+    # Power iteration approaches the largest singular value from below; random kernels have many that are close to it.
+    assert 1 - 1e-4 < np.linalg.norm(bounded, 2) < 1.15
+    assert np.allclose(bounded / np.linalg.norm(bounded), kernel.reshape(bounded.shape) / np.linalg.norm(kernel))
+
+
+def dense_gan():
+    """The smallest generator and discriminator of images of 8 x 8."""
+    keras.utils.set_random_seed(0)
+    noise, classes = keras.Input((3,), name="noise"), keras.Input((2,), name="classes")
+    made = layers.Reshape((8, 8, 3))(layers.Dense(192, activation="tanh")(layers.Concatenate()([noise, classes])))
+    generator = keras.Model({"noise": noise, "classes": classes}, made)
+    images, classes = keras.Input((8, 8, 3), name="images"), keras.Input((2,), name="classes")
+    bounded = {"kernel_initializer": "orthogonal", "kernel_constraint": script.UnitSpectralNorm()}
+    features = layers.Dense(4, **bounded)(layers.Flatten()(images))
+    score = layers.Dense(1)(layers.Concatenate()([features, layers.Dense(4, use_bias=False)(classes)]))
+    return script.GanTrainer(generator, keras.Model({"images": images, "classes": classes}, score), 0)
+
+
+def data(count=8):
+    images = GENERATOR.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return {"images": images, "classes": np.eye(2, dtype="float32")[np.arange(count) % 2]}
+
+
+def test_the_loss_is_the_hinge_loss_of_both_networks():
+    real, generated = np.array([[2.0], [0.5]], "float32"), np.array([[-3.0], [0.0]], "float32")
+    seen = np.array([[1.0], [2.0]], "float32")
+    trainer = dense_gan()
+    loss = float(trainer.compute_loss(y_pred=(real, generated, seen)))
+    assert loss == pytest.approx(-1.5 + 0.25 + 0.5)
+    assert [float(tracker.result()) for tracker in trainer.trackers] == pytest.approx([-1.5, 0.75])
+
+
+def test_both_networks_learn_and_kernels_stay_bounded():
+    trainer = dense_gan()
+    trainer.compile(keras.optimizers.Adam(0.01, 0.0, 0.9), jit_compile=False)
+    before = [[weights.copy() for weights in each.get_weights()] for each in (trainer.generator, trainer.discriminator)]
+    trainer.fit(data(), epochs=2, batch_size=4, verbose=0)
+    for network, weights in zip((trainer.generator, trainer.discriminator), before, strict=True):
+        moved = [np.abs(new - old).max() for new, old in zip(network.get_weights(), weights, strict=True)]
+        assert min(moved) > 0
+    (kernel,) = (w for w in trainer.discriminator.get_weights() if w.shape == (192, 4))
+    assert np.linalg.norm(kernel, 2) == pytest.approx(1, abs=0.05)
+
+
+def test_the_loss_of_the_generator_does_not_move_the_discriminator(monkeypatch):
+    monkeypatch.setattr(script.GanTrainer, "compute_loss", lambda self, x, y, y_pred, *_, **__: -ops.mean(y_pred[2]))
+    trainer = dense_gan()
+    trainer.compile(keras.optimizers.SGD(0.1), jit_compile=False)
+    networks = trainer.generator, trainer.discriminator
+    before = [[weights.copy() for weights in each.get_weights()] for each in networks]
+    trainer.fit(data(), epochs=1, batch_size=8, verbose=0)
+    moved = [
+        max(np.abs(new - old).max() for new, old in zip(each.get_weights(), weights, strict=True))
+        for each, weights in zip(networks, before, strict=True)
+    ]
+    assert moved[0] > 1e-4
+    assert moved[1] < 1e-4  # but for the constraint
 
 
 # ---------------------------------------------------------------------------------------------------------- three ways
@@ -199,11 +277,6 @@ def test_a_judge_that_knows_both_is_perfect():
     measured = script.measure_judge(Judge(), split)
     assert measured["copresence_auc"] == 1
     assert measured["accuracy"] == pytest.approx(8 / 12)
-
-
-def test_the_mean_distance_of_images():
-    images = np.stack([np.full((2, 2, 3), value, "uint8") for value in (0, 10, 30)])
-    assert script.mean_distance(images) == pytest.approx((10 + 20 + 30) / 3)
 
 
 # --------------------------------------------------------------------------------------------------------- experiments

@@ -120,7 +120,8 @@ def fill_readme(text):
 
 def models_index():
     """Returns the text of `saved_models/README.md`."""
-    cards = [(path, json.loads(path.read_text())) for path in sorted(SAVED.glob("*/*.json"))]
+    every = [(path, json.loads(path.read_text())) for path in sorted(SAVED.glob("*/*.json"))]
+    cards = [(path, card) for path, card in every if "script" in card]
     lines = [
         "# Saved models",
         "",
@@ -145,12 +146,22 @@ def models_index():
             lines += ["", f"## `{script}`", ""]
             lines += ["| model | MB | parameters | epochs | minutes | test | sha256 |", "|---|---|---|---|---|---|---|"]
         weights = next(each for each in path.parent.glob(f"{path.stem}.*") if each != path)
-        metrics = [f"{name} {value:.4g}" for name, value in card["metrics"]["test"].items() if isinstance(value, float)]
+        measured = card["metrics"].get("test", {})
+        metrics = [f"{name} {value:.4g}" for name, value in measured.items() if isinstance(value, float)]
         lines.append(
             f"| [`{weights.name}`]({path.parent.name}/{path.name}) | {weights.stat().st_size / 1e6:.1f} "
             f"| {card['parameters']['total']:,} | {card['epochs']:g} | {card['seconds'] / 60:.1f} "
             f"| {', '.join(metrics[:3])} | `{card['weights_sha256'][:16]}` |"
         )
+    lines += ["", "## Networks of others, which only measure", ""]
+    lines += ["| weights | MB | source | licence | sha256 |", "|---|---|---|---|---|"]
+    for path, card in every:
+        if "script" not in card:
+            weights = path.with_suffix(".npz")
+            lines.append(
+                f"| [`{weights.name}`]({path.parent.name}/{path.name}) | {weights.stat().st_size / 1e6:.1f} "
+                f"| {card['source']} | {card['licence']} | `{card['weights_sha256'][:16]}` |"
+            )
     return "\n".join(lines) + "\n"
 
 

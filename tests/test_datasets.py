@@ -641,3 +641,14 @@ def test_area_average_by_a_broken_factor_weighs_cut_pixels():
     assert small[0, 2:].max() == 0
     flat = np.full((2, 96, 96, 2), 137, np.uint8)
     assert np.unique(datasets.area_average(flat, 64)).tolist() == [137]
+
+
+def test_no_vgg16_weights_and_no_network_is_one_line_that_says_where_to_put_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(datasets, "connection_trouble", lambda url: "its server cannot be reached")
+    with pytest.raises(UserError, match="by hand into") as error:
+        datasets.vgg16_weights(tmp_path)
+    assert str(tmp_path / "models") in str(error.value)
+    assert "\n" not in str(error.value)
+    (tmp_path / "vgg16_imagenet_notop.weights.h5").write_bytes(b"")
+    assert datasets.vgg16_weights(tmp_path) == tmp_path / "vgg16_imagenet_notop.weights.h5"

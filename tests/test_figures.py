@@ -1,5 +1,6 @@
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 
 from common import figures
 
@@ -20,6 +21,15 @@ def test_labels_of_lines_keep_apart():
     heights = [text.xy[1] for text in axes.texts]
     assert [text.get_text() for text in axes.texts] == ["line 0", "line 1", "line 2"]
     assert np.diff(heights).min() > 0.05
+    plt.close("all")
+
+
+def test_labels_of_lines_stay_at_their_ends_where_the_scale_is_small():
+    _, axes = plt.subplots()
+    for number in range(2):
+        axes.plot([0, 1], [0.5, 0.1 + number / 1000], label=f"line {number}")
+    figures.label_lines(axes)
+    assert [text.xy[1] for text in axes.texts] == pytest.approx([0.1, 0.122], abs=0.01)
     plt.close("all")
 
 

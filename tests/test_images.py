@@ -8,7 +8,7 @@ from PIL import Image
 
 from common import images
 from common.errors import UserError
-from common.images import output_paths, predict_each, printable, read_image, read_square
+from common.images import output_paths, predict_each, printable, read_image, read_square, write_grid
 
 
 def refusal(path):
@@ -239,3 +239,13 @@ def test_bugs_in_the_prediction_are_not_hidden():
 
     with pytest.raises(KeyError):
         predict_each(["a.png"], predict)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 2, 3)])
+def test_a_grid_is_filled_row_by_row_and_with_white(shape, tmp_path):
+    images = np.arange(5, dtype="uint8").reshape(5, *[1] * len(shape)) * np.ones(shape, "uint8")
+    grid = np.asarray(Image.open(write_grid(images, tmp_path / "grid.png", 2)))
+    assert grid.shape == (8, 12, *shape[2:])
+    corners = grid[::4, ::4].reshape(6, -1)[:, 0]
+    assert corners.tolist() == [0, 1, 2, 3, 4, 255]
+    assert (grid[4:, 8:] == 255).all()

@@ -64,3 +64,21 @@ def test_nearest_neighbours_are_found_and_their_distance_does_not_round():
     distance, index = metrics.nearest_neighbours(images, training_images)
     assert index.tolist() == [7, 3]
     assert distance == pytest.approx([0, (1 / 36) ** 0.5])
+
+
+def test_the_mean_distance_of_images():
+    images = np.stack([np.full((2, 2, 3), value, "uint8") for value in (0, 10, 30)])
+    assert metrics.mean_distance(images) == pytest.approx((10 + 20 + 30) / 3)
+
+
+def test_classification_metrics_of_a_known_case():
+    probabilities = np.full((20, 100), 0.5 / 99)
+    labels = np.arange(20)
+    probabilities[labels, labels] = 0.5
+    probabilities[:, 99] += 1e-6
+    labels[10:] = 98  # wrong, but as probable as all others
+    measured = metrics.classification_metrics(probabilities, labels)
+    assert measured["accuracy"] == 0.5
+    assert measured["log_loss"] == pytest.approx((np.log(2) + np.log(99 / 0.5)) / 2, abs=1e-4)
+    assert measured["calibration_error"] == pytest.approx(0, abs=1e-4)
+    assert metrics.confident_mistakes(probabilities, labels, 3).tolist() == [10, 11, 12]

@@ -137,6 +137,23 @@ def test_models_are_read_from_the_output_dir_where_it_has_some(saved, tmp_path):
     assert models.models_folder(tmp_path, "other") == REPOSITORY / "saved_models" / "other"
 
 
+def test_a_model_is_restored_with_its_config(saved):
+    @dataclasses.dataclass
+    class Other:
+        unknown: int
+
+    path = models.model_path(saved.parents[2], "script", "model")
+    assert path == saved
+    config_type = dataclasses.make_dataclass("Config", models.read_card(saved)["config"])
+    model, config, card = models.restore(path, "script", config_type)
+    assert dataclasses.asdict(config) == card["config"]
+    assert model.count_params() == card["parameters"]["total"]
+    with pytest.raises(UserError, match="has another config"):
+        models.restore(path, "script", Other)
+    missing = models.model_path(saved.parents[2], "script", "other")
+    assert missing == REPOSITORY / "saved_models" / "script" / "other.keras"
+
+
 def test_copied_weights_are_those_that_standardise():
     images = np.random.default_rng(0).normal(3, 2, size=(50, 4)).astype("float32")
     first, second = (keras.Sequential([keras.Input((4,)), keras.layers.Normalization()]) for _ in range(2))
@@ -202,3 +219,15 @@ def test_every_committed_card_is_whole_and_belongs_to_its_weights():
         assert card["metrics"]["sample"]
         assert card["metrics"]["test"]
         assert "recipe" not in card
+
+
+def test_filters_rounded_to_a_grid_are_close_and_exact_in_16_bits():
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
+    kernel, bias = model.get_weights()
+    kernel[:, :32] /= 100  # filters of very different sizes
+    model.set_weights([kernel, bias])
+    models.round_to_grid(model)
+    after = model.get_weights()[0]
+    assert np.array_equal(after, after.astype("float16"))
+    assert (np.abs(after - kernel).max(axis=0) <= kernel.std(axis=0) / 32).all()
+    assert not np.array_equal(after, kernel)

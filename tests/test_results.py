@@ -192,3 +192,16 @@ def test_paired_comparison_uses_shared_seeds_and_the_noise_of_the_baseline():
     single = results.paired_comparison(table[table["seed"] == 0], "accuracy")
     assert single["noise"].isna().all()
     assert not single["resolved"].any()
+
+
+def test_groups_are_compared_with_their_first_member():
+    rows = [("a", 0, 0.5, 1.0), ("a", 1, 0.6, 3.0), ("b", 0, 0.9, 5.0), ("c", 0, np.nan, 7.0), ("d", 0, 0.7, 9.0)]
+    table = pd.DataFrame(rows, columns=["name", "seed", "accuracy", "seconds"])
+    compared = results.compare_groups(
+        table, {"first": ["a", "c", "b"], "second": ["d"], "not run yet": ["e", "a"]}, "accuracy", means=("seconds",)
+    )
+    assert {title: list(members) for title, members in compared.items()} == {"first": ["a", "b"], "second": ["d"]}
+    assert compared["first"]["a"]["values"] == [0.5, 0.6]
+    assert compared["first"]["a"]["seconds"] == 2.0
+    assert compared["first"]["b"]["difference"] == pytest.approx(0.4)
+    assert compared["first"]["b"]["pairs"] == 1

@@ -117,7 +117,7 @@ def test_patches_are_cut_and_put_together_again(row, column):
 @pytest.mark.parametrize("target", ["velocity", "noise"])
 def test_the_right_prediction_gives_the_image_back(target):
     views, config = random_views(), dataclasses.replace(TINY, target=target)
-    inputs, prediction = task.DiffusionTrainer(None, config, 0).add_noise(**views._asdict())
+    inputs, prediction = task.trainer(None, config, 0).add_noise(**views._asdict())
     rates = diffusion.diffusion_schedule(inputs["time"][:, :, None, None])
     found = ops.convert_to_numpy(diffusion.clean_image(target, inputs["noisy"], prediction, *rates))
     assert np.array_equal(task.denormalize(found, task.value_range(config)), views.images)
@@ -127,16 +127,16 @@ def test_labels_are_dropped_together_and_as_often_as_said():
     count = 5000
     category, elevation = task.every_condition(count)
     images = np.zeros((count, 2, 2), np.uint8)
-    inputs, _ = task.DiffusionTrainer(None, TINY, 0).add_noise(images, category=category, elevation=elevation)
+    inputs, _ = task.trainer(None, TINY, 0).add_noise(images, category=category, elevation=elevation)
     dropped = ops.convert_to_numpy(inputs["category"]) == task.NUM_LABELS["category"]
     assert np.array_equal(dropped, ops.convert_to_numpy(inputs["elevation"]) == task.NUM_LABELS["elevation"])
     assert np.array_equal(ops.convert_to_numpy(inputs["category"])[~dropped], category[~dropped])
-    assert dropped.mean() == pytest.approx(task.LABEL_DROPOUT, abs=0.02)
+    assert dropped.mean() == pytest.approx(diffusion.LABEL_DROPOUT, abs=0.02)
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("mse", 2.5), ("mae", 1.5)])
 def test_the_loss_is_the_one_of_the_config(loss, expected):
-    trainer = task.DiffusionTrainer(None, dataclasses.replace(TINY, loss=loss), 0)
+    trainer = task.trainer(None, dataclasses.replace(TINY, loss=loss), 0)
     prediction, target = np.array([1.0, 2.0], "float32"), np.array([2.0, 0.0], "float32")
     assert float(trainer.compute_loss(y_pred=(prediction, target))) == expected
 
@@ -224,7 +224,7 @@ def test_a_card_with_another_config_is_a_user_error(tmp_path):
     (folder / "network.json").write_text(json.dumps({**card, "config": {"depth": 3}}))
     done = command("tensorflow", "--load", "--steps", "1", "--output-dir", tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the card of network has another config")
+    assert done.stderr.startswith(f"error: the card of {folder / 'network.keras'} has another config")
     assert len(done.stderr.splitlines()) == 1
 
 

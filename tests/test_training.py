@@ -91,6 +91,27 @@ print(resumed == curves and all(np.array_equal(*pair) for pair in zip(weights, e
     assert done.stdout.split()[-1] == "True", done.stderr
 
 
+def watching():
+    """Callbacks that lower the learning rate after two epochs without an improvement, and stop after three."""
+    never = {"monitor": "loss", "min_delta": 100.0}
+    return [
+        keras.callbacks.ReduceLROnPlateau(factor=0.5, patience=2, **never),
+        keras.callbacks.EarlyStopping(patience=3, **never),
+    ]
+
+
+def test_resumed_run_keeps_the_counters_of_callbacks(tmp_path):
+    whole = small_model()
+    curves, _ = fit(whole, tmp_path / "whole", 9, callbacks=watching())
+    assert len(curves["loss"]) == 4
+    with pytest.raises(KeyboardInterrupt):
+        fit(small_model(), tmp_path / "stopped", 9, callbacks=[*watching(), Stop(2)])
+    again = small_model(seed=1)
+    resumed, _ = fit(again, tmp_path / "stopped", 9, resume=True, callbacks=watching())
+    assert resumed == curves
+    assert resumed["learning_rate"][0] != resumed["learning_rate"][-1]
+
+
 def test_resumed_run_keeps_optimizer_steps_seconds_and_one_checkpoint(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(small_model(), tmp_path, 5, callbacks=[Stop(3)])

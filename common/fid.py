@@ -16,7 +16,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import replacing
-from common.metrics import frechet_distance, kernel_distance, nearest_neighbours
+from common.metrics import frechet_distance, kernel_distance, mean_distance, nearest_neighbours
 
 WEIGHTS = "inception_fid768.npz"
 PUBLISHED = Path(__file__).resolve().parent.parent / "saved_models" / "inception_fid768" / WEIGHTS
@@ -151,10 +151,8 @@ def novelty(images, real, training):
     """
     found = {}
     for prefix, own in (("", images), ("real_", real)):
-        flat = own.reshape(len(own), -1).astype("float32")
-        total = sum(np.sqrt(np.square(flat - image).mean(axis=1)).sum() for image in flat)
         found[f"{prefix}nearest_distance"] = float(nearest_neighbours(own, training)[0].mean())
-        found[f"{prefix}pairwise_distance"] = float(total / (len(flat) * (len(flat) - 1)))
+        found[f"{prefix}pairwise_distance"] = mean_distance(own)
     return found
 
 

@@ -39,6 +39,12 @@ def mirror(images, seed):
     return ops.where(random_uniform(images, seed) < 0.5, ops.flip(images, axis=2), images)
 
 
+def blur(images, seed, share):
+    """Halves the resolution of some of the images."""
+    blurred = ops.image.resize(ops.average_pool(images, 2, 2), images.shape[1:3], interpolation="bilinear")
+    return ops.where(random_uniform(images, seed) < share, blurred, images)
+
+
 def composites(images, classes, seed):
     """Returns images that are often made of two, and which classes they show, like `classes` (n, classes), 0 or 1.
 

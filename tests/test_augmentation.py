@@ -76,3 +76,12 @@ def test_halves(number):
     assert both[number, :, 2:].min() == 1
     assert both[2 + number, :2].max() == 0
     assert both[2 + number, 2:].min() == 1
+
+
+def test_some_images_lose_half_of_their_resolution():
+    images = GENERATOR.normal(size=(200, 8, 8, 3)).astype("float32")
+    blurred = ops.convert_to_numpy(augmentation.blur(images, keras.random.SeedGenerator(0), 0.25))
+    changed = (blurred != images).any(axis=(1, 2, 3))
+    assert changed.mean() == pytest.approx(0.25, abs=0.1)
+    assert np.array_equal(blurred[~changed], images[~changed])
+    assert blurred[changed].std() < 0.7 * images[changed].std()
