@@ -31,7 +31,7 @@ from sklearn.model_selection import train_test_split
 
 from common import cli, models, results, training
 from common.datasets import LabelledImages, load_cifar10, load_fashion_mnist
-from common.metrics import standard_deviation
+from common.metrics import confident_mistakes, standard_deviation
 
 SCRIPT = "fashion_cifar_mlp_cnn"
 LOADERS = {"fashion": load_fashion_mnist, "cifar": load_cifar10}
@@ -460,11 +460,9 @@ def evaluate(network, splits):
     }
 
 
-def confident_mistakes(split, probabilities, class_names, count):
+def images_of_mistakes(split, probabilities, class_names, count):
     """Returns the misclassified images that the network is most confident of, and titles that name both classes."""
-    predicted = probabilities.argmax(1)
-    wrong = np.flatnonzero(predicted != split.labels)
-    chosen = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")[:count]]
+    predicted, chosen = probabilities.argmax(1), confident_mistakes(probabilities, split.labels, count)
     titles = [f"{class_names[split.labels[index]]}\n{class_names[predicted[index]]}?" for index in chosen]
     return split.images[chosen], titles
 
@@ -579,7 +577,7 @@ def model_figures(plots, networks, cards, probabilities, loaded, folder):
         path = folder / f"confusion_{dataset_key}.png"
         written.append(plots.draw_confusion(counts, dataset.class_names, title, path))
         title = f"{name}, best CNN: the most confident mistakes (true class, and below it the predicted one)"
-        mistakes[title] = confident_mistakes(split, probabilities[model], dataset.class_names, 14)
+        mistakes[title] = images_of_mistakes(split, probabilities[model], dataset.class_names, 14)
     kernels = {
         "Fashion-MNIST, the book's MLP: weights of 16 hidden units": "fashion_mlp_reference",
         "Fashion-MNIST, the book's CNN: 16 filters of the first layer": "fashion_cnn_reference",
