@@ -4,7 +4,8 @@
     make app PORT=8000    the same on another port
 
 The page is served to this computer only, and needs neither a dataset nor a network. Each tab belongs to one script; a
-function in `TABS` makes it of the functions that the script's own command calls. Models are restored when first used.
+function in `TABS`, whose docstring introduces it, makes it of the functions that the script's own command calls. Models
+are restored when first used.
 """
 
 from common import startup  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
@@ -43,6 +44,7 @@ except ModuleNotFoundError:
 MAX_UPLOAD = "20mb"
 MAX_WAITING = 20  # requests in the queue
 MAX_SIDE = 1600  # pixels of a segmented photo as it is shown
+CSS = ".enlarged .block:not(.fullscreen) :is(.image-frame, img) {width: 100%; max-height: 420px; object-fit: contain}"
 slider = functools.partial(gr.Slider, step=1, precision=0)  # of whole numbers
 
 
@@ -162,6 +164,7 @@ def read_rendered_clock(hour, minute, tilt, glare, seed):
 
 
 def tab_tell_the_time():
+    """A network reads the time on a photo of an analog clock. It was trained on rendered clocks alone."""
     score = "mean error {mean_minutes:.2f} min, {within_5_minutes:.1%} within 5 min, on {images:,} test images"
     about(tell_the_time, {tell_the_time.FINAL: score}, "python tell_the_time.py --predict clock.jpg")
     with gr.Row():
@@ -179,8 +182,10 @@ def tab_tell_the_time():
             button = gr.Button("Render and read", variant="primary")
         with gr.Column():
             outputs = [output_image("What the network sees"), gr.Markdown()]
-    connect([file.change], read_clock_file, file, outputs)
-    connect([button.click, *(each.release for each in sliders)], read_rendered_clock, sliders, outputs)
+    connect([file.upload, file.clear], read_clock_file, file, outputs)
+    render = [button.click, *(each.release for each in sliders)]
+    connect(render, read_rendered_clock, sliders, outputs)
+    gr.on(render, lambda: None, None, file)
 
 
 # -------------------------------------------------------------------------------------------- classifying smallNORB
@@ -211,13 +216,14 @@ def classify_toy(number, level):
 
 
 def tab_task1_smallnorb_cnn():
+    """A network names the category of a toy on two small photos, and estimates the elevation of the cameras."""
     score = "accuracy {category_accuracy:.2%}, elevation error {elevation_mae_degrees:.2f}° (backgrounds repainted: "
     score += "{elevation_mae_degrees_background_repainted:.2f}°), on {images:,} test images"
     about(task1_smallnorb_cnn, {"joint": score}, "python task1_smallnorb_cnn.py --load --sample --model joint")
     with gr.Row():
         with gr.Column():
             gr.Markdown("Click on one of the test toys, which the network has not seen in training")
-            _, number, choice = examples(list(enlarged(toys().images[..., 0], 2)), columns=5, height=620)
+            _, number, choice = examples(list(enlarged(toys().images[..., 0], 2)), columns=5, height=600)
         with gr.Column():
             level = slider(*task1_smallnorb_cnn.BACKGROUND_LEVELS, 120, label="Grey of the new background")
             with gr.Row():
@@ -249,8 +255,9 @@ def generate_toys(category, elevation, count, seed):
 
 
 def tab_task2_diffusion():
-    score = "Fréchet distance to {images:,} test images {frechet_distance:.2f}; the evaluation classifier agrees with "
-    score += "{category_agreement:.1%} of 10,000 categories, and differs by {elevation_mae_degrees:.1f}° in elevation"
+    """A diffusion model turns noise into images of toys of a chosen category, seen from a chosen elevation."""
+    score = "a classifier names the category of {category_agreement:.1%} of 10,000 generated images, and an elevation "
+    score += "{elevation_mae_degrees:.1f}° off; Fréchet distance {frechet_distance:.2f} to {images:,} test images"
     about(task2_diffusion, {"network": score}, "python task2_diffusion.py --load --category car --elevation 30")
     with gr.Row():
         with gr.Column():
@@ -295,9 +302,10 @@ def add_digits(red, green, blue, seed):
 
 
 def tab_addnist_classifier():
+    """Networks add three handwritten digits, one in each colour channel. In training only sums were labelled."""
     scores = dict.fromkeys(addnist_classifier.MODELS, "accuracy {accuracy:.2%} on {images:,} test images")
     about(addnist_classifier, scores, "python addnist_classifier.py --load --sample")
-    gr.Markdown("Only sums were labelled in training. The shared network has learnt from them what a digit is.")
+    gr.Markdown("The shared network has learnt from sums what a digit is, and tells what it has read in each channel.")
     with gr.Row():
         with gr.Column():
             names = {"Red channel": 3, "Green channel": 7, "Blue channel": 5}
@@ -342,6 +350,7 @@ def example_images(name):
 
 
 def tab_fashion_cifar_mlp_cnn():
+    """Small networks name what is on a small image; every row of the table is one of them."""
     cards = model_path(fashion_cifar_mlp_cnn, "<model>").with_suffix(".json").relative_to(cli.REPOSITORY)
     gr.Markdown(
         f"- models: all ten, named below with their accuracies on 10,000 test images, cards `{cards}`\n"
@@ -359,9 +368,11 @@ def tab_fashion_cifar_mlp_cnn():
             shown = output_image("What the networks see", ())
     result = gr.Markdown()
     emptied = [gallery, number, file, shown, result]
-    name.change(lambda name: (example_images(name), None, None, None, ""), name, emptied)
+    name.change(lambda key: (gr.Gallery(example_images(key), selected_index=None), None, None, None, ""), name, emptied)
     connect([choice], classify, [name, number, gr.State()], [shown, result])
-    connect([file.change], classify, [name, gr.State(), file], [shown, result])
+    connect([file.upload, file.clear], classify, [name, gr.State(), file], [shown, result])
+    choice(lambda: None, None, file)
+    file.upload(lambda: gr.Gallery(selected_index=None), None, gallery)
 
 
 # ------------------------------------------------------------------------------------------------------- PASCAL VOC
@@ -389,6 +400,7 @@ def segment_photo(path, model):
 
 
 def tab_voc_segmentation():
+    """Networks mark objects of 20 classes on a photo: people, animals, vehicles and things of the household."""
     scores = dict.fromkeys(voc_segmentation.FROM_SCRATCH, "foreground IoU {foreground_iou:.3f} on {images} test images")
     about(voc_segmentation, scores, "python voc_segmentation.py --predict dog.jpg --model unet_bilinear")
     with gr.Row():
@@ -397,9 +409,10 @@ def tab_voc_segmentation():
             gr.Markdown("A photo of yours")
             file = gr.File(show_label=False, height=130)
             gr.Markdown("Or click on one of PASCAL VOC that no network was trained on")
-            _, number, choice = examples(photos(), columns=5, height=300)
-        with gr.Column():
+            gallery, number, choice = examples(photos(), columns=5, height=300)
+        with gr.Column(elem_classes="enlarged"):
             outputs = [output_image("Objects in blue"), output_image("Mask"), gr.Markdown()]
+    file.upload(lambda: gr.Gallery(selected_index=None), None, gallery)
     choice(lambda number: photos()[number], number, file)
     connect([file.change, model.change], segment_photo, [file, model], outputs)
 
@@ -422,16 +435,19 @@ def build_page():
         gr.Markdown("# Deep-learning coursework in Keras: the saved models\nNo image leaves this computer.")
         for title, tab in TABS.items():
             with gr.Tab(title):
+                gr.Markdown(tab.__doc__)
                 tab()
     return page.queue(max_size=MAX_WAITING)
 
 
 def serve(port):
     """Serves the page on this computer and returns it; raises `UserError` where the port is taken."""
-    options = {"max_file_size": MAX_UPLOAD, "allowed_paths": [str(SAMPLES)], "footer_links": [], "share": False}
+    options = {"max_file_size": MAX_UPLOAD, "allowed_paths": [str(SAMPLES)], "footer_links": [], "css": CSS}
     page = build_page()
     try:
-        page.launch(server_name="127.0.0.1", server_port=port, quiet=True, prevent_thread_lock=True, **options)
+        page.launch(
+            server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True, **options
+        )
     except OSError as error:
         raise UserError(f"port {port} cannot be used; choose another one, such as make app PORT={port + 1}") from error
     return page

@@ -4,6 +4,7 @@ import importlib
 import re
 import shutil
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,6 +229,7 @@ def test_every_tab_works_in_a_browser(browser_page, clock_file, text_file):
     shot("clock_file")
     tab.get_by_role("button", name="Render and read").click()
     expect(tab.get_by_text("The clock shows 10:09")).to_be_visible()
+    expect(tab.get_by_text("clock.png")).to_be_hidden()  # the uploaded file is gone
     shot("clock_rendered")
 
     tab = open_tab("Classify smallNORB")
@@ -250,14 +252,17 @@ def test_every_tab_works_in_a_browser(browser_page, clock_file, text_file):
     tab = open_tab("Fashion-MNIST and CIFAR-10")
     tab.locator(".grid-container button").nth(3).click()
     expect(tab.get_by_role("cell", name="fashion_cnn_best")).to_be_visible()
+    expect(tab.locator(".grid-container .selected")).to_have_count(1)
     shot("fashion")
     tab.get_by_label("CIFAR-10", exact=True).check()
     expect(tab.get_by_role("cell", name="fashion_cnn_best")).to_be_hidden()
     tab.locator("input[type=file]").set_input_files(app.photos()[0])
     expect(tab.get_by_role("cell", name="cifar_cnn_3")).to_be_visible()
+    expect(tab.locator(".grid-container .selected")).to_have_count(0)
     shot("cifar")
     tab.locator(".grid-container button").nth(3).click()
     expect(tab.get_by_text("True class: ship")).to_be_visible()
+    expect(tab.get_by_text(Path(app.photos()[0]).name)).to_be_hidden()
     tab.get_by_label("Fashion-MNIST", exact=True).check()
     expect(tab.get_by_role("cell", name="cifar_cnn_3")).to_be_hidden()
 
@@ -270,6 +275,7 @@ def test_every_tab_works_in_a_browser(browser_page, clock_file, text_file):
     shot("bad_file")
     tab.locator(".grid-container button").nth(2).click()
     expect(tab.get_by_text("belongs to objects")).to_be_visible()
+    assert tab.locator(".enlarged img").first.bounding_box()["width"] > 400  # small photos are enlarged
     shot("segmented")
 
     assert not failures
