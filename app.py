@@ -1,11 +1,9 @@
 """The saved models in a browser: read a clock, classify, generate, add digits, segment a photo.
 
     make app              installs what is needed (requirements-app.txt) and serves http://localhost:7860
-    make app PORT=8000    the same on another port
 
-The page is served to this computer only, and needs neither a dataset nor a network. Each tab belongs to one script; a
-function in `TABS`, whose docstring introduces it, makes it of the functions that the script's own command calls. Models
-are restored when first used.
+The page is served to this computer only, and needs neither a dataset nor a network. A function in `TABS`,
+whose docstring introduces a tab, makes it of the functions of a script. Models are restored when they are first used.
 """
 
 from common import startup  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
@@ -23,13 +21,14 @@ from pathlib import Path
 import numpy as np
 
 import addnist_classifier
+import cifar100_transfer
 import fashion_cifar_mlp_cnn
 import task1_smallnorb_cnn
 import task2_diffusion
 import tell_the_time
 import voc_segmentation
 from common import cli, clocks, diffusion, models
-from common.datasets import SAMPLES, checked_samples, load_smallnorb
+from common.datasets import SAMPLES, checked_samples, load_cifar100, load_smallnorb
 from common.errors import UserError
 from common.files import read_json
 from common.images import read_image, read_square
@@ -317,11 +316,20 @@ def tab_addnist_classifier():
     connect([button.click, *(each.release for each in inputs)], add_digits, inputs, outputs)
 
 
-# ------------------------------------------------------------------------------------------ Fashion-MNIST and CIFAR-10
+# ------------------------------------------------------------------------------------------- Fashion-MNIST and CIFAR
 
 
 def tracked(name):
-    return fashion_cifar_mlp_cnn.LOADERS[name](None, sample=True)
+    return (fashion_cifar_mlp_cnn.LOADERS | {"cifar100": load_cifar100})[name](None, sample=True)
+
+
+@functools.cache
+def vgg_base(kind):
+    """Returns the model from images to the `kind` of features that a network for CIFAR-100 is saved with."""
+    script = cifar100_transfer
+    blocks, features = (restored(script, model) for model in (script.BLOCKS_1_TO_4, "vgg_features"))
+    base = script.VggBase(blocks, features.get_layer("block_5"))
+    return script.build_pooled(base, 2 * script.IMAGE_SIZE) if kind == "pooled" else blocks
 
 
 def classify(name, number, path, progress=gr.Progress()):  # noqa: B008  (how Gradio learns that progress is reported)
@@ -336,11 +344,18 @@ def classify(name, number, path, progress=gr.Progress()):  # noqa: B008  (how Gr
         else:
             shape = dataset.test.images.shape[1:]
             image = read_square(path, "RGB" if shape[2] == 3 else "L", shape[0]).reshape(shape)
-        ours = {model: kind for model, (key, kind, _) in fashion_cifar_mlp_cnn.MODELS.items() if key == name}
-        for model, kind in progress.tqdm(list(ours.items()), unit="networks"):
-            (probabilities,) = fashion_cifar_mlp_cnn.predict(restored(fashion_cifar_mlp_cnn, model), image[None])
-            score = scored(fashion_cifar_mlp_cnn, model, "{accuracy:.2%}")
-            rows.append([f"{kind.upper()} `{model}`", score, *most_probable(probabilities, dataset.class_names, 5)])
+        script, names = cifar100_transfer, list(cifar100_transfer.SAVED)
+        if name != "cifar100":
+            script = fashion_cifar_mlp_cnn
+            names = [model for model, (key, *_) in script.MODELS.items() if key == name]
+        for model in progress.tqdm(names, unit="networks"):
+            inputs, config = image[None], cifar100_transfer.SAVED.get(model)
+            kind = script.saved_with(config) if isinstance(config, cifar100_transfer.VggConfig) else "images"
+            if kind != "images":
+                inputs = script.predict(vgg_base(kind), inputs)
+            (probabilities,) = script.predict(restored(script, model), inputs)
+            best = most_probable(probabilities, dataset.class_names, 5)
+            rows.append([f"`{model}`", scored(script, model, "{accuracy:.2%}"), *best])
         header = ["network", "test accuracy", "most probable", "2nd", "3rd", "4th", "5th"]
         return enlarged(image[None], 8)[0].squeeze(), f"{truth}\n\n{table(header, rows)}"
 
@@ -349,14 +364,14 @@ def example_images(name):
     return list(enlarged(tracked(name).test.images[:49].squeeze(), 3))
 
 
-def tab_fashion_cifar_mlp_cnn():
-    """Small networks name what is on a small image; every row of the table is one of them."""
-    cards = model_path(fashion_cifar_mlp_cnn, "<model>").with_suffix(".json").relative_to(cli.REPOSITORY)
+def tab_classifiers():
+    """Networks name what is on a small image; every row of the table is one of them."""
     gr.Markdown(
-        f"- models: all ten, named below with their accuracies on 10,000 test images, cards `{cards}`\n"
-        "- in a terminal: `python fashion_cifar_mlp_cnn.py --load --sample`"
+        "- models: all saved ones, accuracies on 10,000 test images, cards `saved_models/<script>/<model>.json`\n"
+        "- in a terminal: `python fashion_cifar_mlp_cnn.py --load --sample`; "
+        "for CIFAR-100 `python cifar100_transfer.py --predict cat.jpg`"
     )
-    labels = fashion_cifar_mlp_cnn.DATASET_NAMES
+    labels = fashion_cifar_mlp_cnn.DATASET_NAMES | {"cifar100": "CIFAR-100"}
     name = gr.Radio([(label, key) for key, label in labels.items()], value="fashion", label="Dataset")
     with gr.Row():
         with gr.Column(scale=2):
@@ -424,7 +439,7 @@ TABS = {
     "Classify smallNORB": tab_task1_smallnorb_cnn,
     "Generate smallNORB": tab_task2_diffusion,
     "Add digits": tab_addnist_classifier,
-    "Fashion-MNIST and CIFAR-10": tab_fashion_cifar_mlp_cnn,
+    "Fashion-MNIST and CIFAR": tab_classifiers,
     "Segment a photo": tab_voc_segmentation,
 }
 

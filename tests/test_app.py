@@ -4,6 +4,7 @@ import importlib
 import re
 import shutil
 import socket
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
+import cifar100_transfer
 import fashion_cifar_mlp_cnn
 import tell_the_time
 import voc_segmentation
@@ -109,7 +111,9 @@ def test_digits_are_added_and_read():
         assert one_line(error)
 
 
-@pytest.mark.parametrize(("name", "number_of_networks", "side"), [("fashion", 4, 28), ("cifar", 6, 32)])
+@pytest.mark.parametrize(
+    ("name", "number_of_networks", "side"), [("fashion", 4, 28), ("cifar", 6, 32), ("cifar100", 8, 32)]
+)
 def test_all_networks_of_a_dataset_classify_side_by_side(name, number_of_networks, side, tmp_path):
     image, text = app.classify(name, 5, None)
     assert image.shape[:2] == (8 * side, 8 * side)
@@ -123,11 +127,27 @@ def test_all_networks_of_a_dataset_classify_side_by_side(name, number_of_network
     again, other = app.classify(name, None, str(tmp_path / "image.png"))
     np.testing.assert_array_equal(again, image)
     assert other.splitlines()[4:] == lines
-    model = next(name for name in fashion_cifar_mlp_cnn.MODELS if name in lines[0])
-    network = app.restored(fashion_cifar_mlp_cnn, model)
-    best = fashion_cifar_mlp_cnn.predict(network, first[None])[0].argmax()
-    assert lines[0].split("|")[3].strip().startswith(dataset.class_names[best])
+    script = cifar100_transfer if name == "cifar100" else fashion_cifar_mlp_cnn
+    model, most_probable = (cell.strip(" `") for cell in lines[-1].split("|")[1:4:2])
+    best = script.predict(app.restored(script, model), first[None])[0].argmax()
+    assert most_probable.startswith(f"{dataset.class_names[best]}: ")
     assert app.classify(name, None, None) == (None, "")
+
+
+def test_networks_on_vgg16_classify_as_in_their_script(tmp_path):
+    features = cifar100_transfer.get_features(types.SimpleNamespace(load=True, output_dir=REPOSITORY))
+    features.folder = tmp_path
+    dataset = app.tracked("cifar100")
+    _, text = app.classify("cifar100", 0, None)
+    for line in text.splitlines()[4:]:
+        model, most_probable = (cell.strip(" `") for cell in line.split("|")[1:4:2])
+        config = cifar100_transfer.SAVED[model]
+        if isinstance(config, cifar100_transfer.VggConfig):
+            inputs = features(cifar100_transfer.saved_with(config), dataset.test.images[:1])
+            probabilities = cifar100_transfer.predict(app.restored(cifar100_transfer, model), inputs)[0]
+            name, percent = most_probable.rstrip(" %").split(": ")
+            assert name == dataset.class_names[probabilities.argmax()]
+            assert float(percent) == pytest.approx(100 * probabilities.max(), abs=0.3)
 
 
 def test_a_photo_is_segmented_as_the_command_does(tmp_path):
@@ -249,7 +269,7 @@ def test_every_tab_works_in_a_browser(browser_page, clock_file, text_file):
     expect(tab.get_by_role("cell", name="ordinary")).to_be_visible()
     shot("digits_added")
 
-    tab = open_tab("Fashion-MNIST and CIFAR-10")
+    tab = open_tab("Fashion-MNIST and CIFAR")
     tab.locator(".grid-container button").nth(3).click()
     expect(tab.get_by_role("cell", name="fashion_cnn_best")).to_be_visible()
     expect(tab.locator(".grid-container .selected")).to_have_count(1)
@@ -263,8 +283,13 @@ def test_every_tab_works_in_a_browser(browser_page, clock_file, text_file):
     tab.locator(".grid-container button").nth(3).click()
     expect(tab.get_by_text("True class: ship")).to_be_visible()
     expect(tab.get_by_text(Path(app.photos()[0]).name)).to_be_hidden()
-    tab.get_by_label("Fashion-MNIST", exact=True).check()
+    tab.get_by_label("CIFAR-100", exact=True).check()
     expect(tab.get_by_role("cell", name="cifar_cnn_3")).to_be_hidden()
+    tab.locator(".grid-container button").nth(3).click()
+    expect(tab.get_by_role("cell", name="own_3_seed_1")).to_be_visible()
+    shot("cifar100")
+    tab.get_by_label("Fashion-MNIST", exact=True).check()
+    expect(tab.get_by_role("cell", name="own_3_seed_1")).to_be_hidden()
 
     tab = open_tab("Segment a photo")
     large = {"name": "large.png", "mimeType": "image/png", "buffer": bytes(21_000_000)}
