@@ -1,11 +1,15 @@
 PYTHON ?= python3
 BIN = .venv/bin
-SCRIPTS = $(patsubst %.py,%,$(wildcard *.py))
+SCRIPTS = $(patsubst %.py,%,$(filter-out app.py,$(wildcard *.py)))
+PORT ?= 7860
 
-.PHONY: demo test lint bench figures numbers reports submission clean
+.PHONY: demo app test lint bench figures numbers reports submission clean
 
 demo: .venv/.run  ## restore every model, measure it on the samples, show the numbers and figures; needs no network
 	$(BIN)/python report/demo.py
+
+app: .venv/.app  ## the saved models in a browser, http://localhost:7860 or another PORT
+	$(BIN)/python app.py --port $(PORT)
 
 test: lint  ## lint and the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -40,4 +44,8 @@ clean:
 
 .venv/.test: .venv/.run requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/.app: .venv/.run requirements-app.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-app.txt
 	touch $@

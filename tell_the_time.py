@@ -27,11 +27,10 @@ from typing import NamedTuple
 import keras
 import numpy as np
 from keras import layers, ops
-from PIL import Image, ImageOps
 from sklearn.metrics import confusion_matrix
 
 from common import cli, clocks, models, results, training
-from common.images import predict_each, printable, read_image
+from common.images import predict_each, printable, read_square
 
 SCRIPT = "tell_the_time"
 MINUTES = clocks.MINUTES  # on a dial of twelve hours
@@ -533,6 +532,12 @@ def measure(predicted, minutes):
     }
 
 
+def clock_time(minutes):
+    """Returns minutes since 12 o'clock as "HH:MM", rounded to a whole minute, "00:00" to "11:59"."""
+    hour, minute = divmod(round(float(minutes)) % MINUTES, 60)
+    return f"{hour:02d}:{minute:02d}"
+
+
 def predict_files(arguments):
     """Prints `FILE HH:MM` for each image file, and one error line for each that is none; returns whether all were."""
     name = arguments.model or FINAL
@@ -541,10 +546,8 @@ def predict_files(arguments):
     network, _ = models.load_model(path, SCRIPT, (config.size, config.size))
 
     def predict(path):
-        square = ImageOps.fit(read_image(path, "L"), (config.size, config.size), Image.Resampling.BILINEAR)
-        (minutes,) = read_clocks(network, np.asarray(square)[None], config.representation)
-        hour, minute = divmod(round(float(minutes)) % MINUTES, 60)
-        print(f"{printable(path)} {hour:02d}:{minute:02d}", flush=True)
+        (minutes,) = read_clocks(network, read_square(path, "L", config.size)[None], config.representation)
+        print(f"{printable(path)} {clock_time(minutes)}", flush=True)
 
     return predict_each(arguments.predict, predict)
 

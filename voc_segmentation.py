@@ -608,9 +608,8 @@ def draw_figures(plots, parts, probabilities, cards, table, folder):
 # ------------------------------------------------------------------------------------------------------ images of users
 
 
-def predict_file(network, path):
-    """Segments an image file; writes a mask (0 and 255, original size) and an overlay beside it, returns both paths."""
-    image = read_image(path, "RGB")
+def segment(network, image):
+    """Segments an RGB `PIL.Image`; returns the mask (mode "L", 0 and 255) and an overlay, both of the same size."""
     square = fit_square(image, IMAGE_SIZE, Image.Resampling.BILINEAR, 0)
     probability = predict(network, square[None])[0]
     # Undo the padding, then resize the probability, whose edges are softer than those of a mask.
@@ -618,8 +617,14 @@ def predict_file(network, path):
     mask = Image.fromarray((np.asarray(inside.resize(image.size, Image.Resampling.BILINEAR)) >= 0.5) * np.uint8(255))
     tinted = Image.blend(image, Image.new("RGB", image.size, OBJECT_COLOR), 0.5)
     faded = Image.blend(image, Image.new("RGB", image.size, "white"), 0.6)
+    return mask, Image.composite(tinted, faded, mask)
+
+
+def predict_file(network, path):
+    """Segments an image file; writes a mask and an overlay of the original size beside it, returns both paths."""
+    segmented = segment(network, read_image(path, "RGB"))
     written = output_paths(path, ("mask", "overlay"))
-    for target, result in zip(written, (mask, Image.composite(tinted, faded, mask)), strict=True):
+    for target, result in zip(written, segmented, strict=True):
         with replacing(target) as temporary:
             result.save(temporary, format="PNG")
     print("wrote", *map(printable, written))

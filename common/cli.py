@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells use it
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like every other error of the scripts."""
 
     def error(self, message):
@@ -30,7 +30,7 @@ def parser(description, models):
     `models` are the names that `--model` accepts; a script with a single model gets no `--model` flag. A script may add
     flags of its own, also to the attribute `modes`, the group of which exactly one flag is given.
     """
-    flags = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     mode = flags.modes = flags.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="build, fit, measure, save, write results and figures")
     compare = "restore from saved_models/, measure, compare with the recorded numbers, write figures"

@@ -307,13 +307,18 @@ class Sampler(keras.Model):
 
         return ops.fori_loop(0, self.sampling.steps, body, inputs["noise"])
 
-    def trajectory(self, inputs):
-        """Returns the noisy images before the first step and after every step, a list of arrays."""
+    def states(self, inputs):
+        """Yields the noisy images before the first step and after every step, as arrays."""
         inputs = {name: ops.convert_to_tensor(values) for name, values in inputs.items()}
-        noisy = [inputs["noise"]]
+        noisy = inputs["noise"]
+        yield ops.convert_to_numpy(noisy)
         for number in range(self.sampling.steps):
-            noisy.append(self.step(number, noisy[-1], inputs))
-        return [ops.convert_to_numpy(each) for each in noisy]
+            noisy = self.step(number, noisy, inputs)
+            yield ops.convert_to_numpy(noisy)
+
+    def trajectory(self, inputs):
+        """Returns what `states` yields, a list."""
+        return list(self.states(inputs))
 
 
 def sampler_inputs(labels, image_shape, seed, noise=None):

@@ -46,6 +46,11 @@ def read_image(path, mode):
         raise UserError(f"{name} cannot be read ({trouble}); check it or convert it to PNG or JPEG") from error
 
 
+def read_square(path, mode, size):
+    """Reads an image file as `read_image` does; returns the square in its middle, uint8 (size, size[, 3])."""
+    return np.asarray(ImageOps.fit(read_image(path, mode), (size, size), Image.Resampling.BILINEAR))
+
+
 def _convert(image, mode):
     if min(image.size) < 1:
         raise ValueError("it has no pixels")

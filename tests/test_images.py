@@ -8,7 +8,7 @@ from PIL import Image
 
 from common import images
 from common.errors import UserError
-from common.images import output_paths, predict_each, printable, read_image, write_grid
+from common.images import output_paths, predict_each, printable, read_image, read_square, write_grid
 
 
 def refusal(path):
@@ -29,6 +29,18 @@ def pixels(path, mode):
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("L", (4, 4)), ("RGB", (4, 4, 3))])
+def test_the_square_in_the_middle_is_resized(tmp_path, mode, shape):
+    array = np.zeros((8, 20), "uint8")
+    array[:, 2:10], array[:, 10:18] = 100, 200
+    Image.fromarray(array).save(tmp_path / "wide.png")
+    square = read_square(tmp_path / "wide.png", mode, 4)
+    assert square.shape == shape
+    assert square.dtype == np.uint8
+    assert np.all(square[:, 0] == 100)
+    assert np.all(square[:, -1] == 200)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

@@ -50,3 +50,10 @@ def test_linked_files_exist():
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_packages_for_a_gpu_have_the_pinned_versions():
+    pinned = (REPOSITORY / "requirements.txt").read_text().split()
+    named = re.findall(r"([a-z]+)\[[a-z0-9-]+\]==([0-9.]*[0-9])", (REPOSITORY / "README.md").read_text())
+    assert {name for name, _ in named} == {"tensorflow", "jax"}
+    assert all(f"{name}=={version}" in pinned for name, version in named)
