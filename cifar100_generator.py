@@ -33,6 +33,7 @@ import hashlib
 import http.client
 import importlib
 import io
+import itertools
 import json
 import math
 import platform
@@ -453,7 +454,7 @@ def noise_levels(steps):
 
 def heun(denoiser, noisy, levels):
     """Follows the probability flow from noise level `levels[0]` to the last (Karras et al. 2022, algorithm 1)."""
-    for level, following in zip(levels[:-1], levels[1:], strict=True):
+    for level, following in itertools.pairwise(levels):
         slope = (noisy - denoiser(noisy, level)) / level
         proposal = noisy + (following - level) * slope
         if following > 0:
@@ -500,11 +501,10 @@ def sample(parameters, config, sampling, noise, conditions, name=""):
 def denoising_loss(parameters, split, config, count=MEASURED_ITEMS):
     """Returns the error of denoised images at fixed noise of MEASURED_NOISE, weighted as in Karras et al. 2022."""
     clean, labels = split.images[:count].astype("float32") / 127.5 - 1, split.labels[:count]
-    generator, (mean, deviation) = np.random.default_rng(DATA_SEED), MEASURED_NOISE
+    parameters, generator = jax.device_put(parameters), np.random.default_rng(DATA_SEED)
     noise = generator.standard_normal(clean.shape, dtype="float32")
     quantiles = (generator.permutation(len(clean)) + 0.5) / len(clean)
-    sigma = np.exp(mean + deviation * np.asarray(jax.scipy.special.ndtri(quantiles), "float32"))
-    parameters = jax.device_put(parameters)
+    sigma = np.exp(MEASURED_NOISE[1] * np.asarray(jax.scipy.special.ndtri(quantiles), "float32") + MEASURED_NOISE[0])
 
     def errors(clean, noise, sigma, conditions):
         noisy = clean + noise * sigma[:, None, None, None]
@@ -515,11 +515,8 @@ def denoising_loss(parameters, split, config, count=MEASURED_ITEMS):
 
 
 def fid_of(compare, memory, network, count, seed, part):
-    """Returns what `compare` says of `count` samples, all classes in turn, of a network: weights, `Config`, `Sampling`.
-
-    A result takes minutes: those in the file `memory`, where it is not None, are not measured again.
-    """
-    (parameters, _, sampling), labels = network, BALANCED[:count]
+    """Returns what `compare` says of samples of all classes; what the file `memory` holds is not measured again."""
+    (parameters, _, sampling), labels = network, BALANCED[:count]  # network: weights, `Config` and `Sampling`
     weights = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in parameters.values())).hexdigest()
     key = f"{weights}, {sampling}, {count} samples of seed {seed}, {part}"
     with reading(memory, "delete it, so that the network is measured again"):
