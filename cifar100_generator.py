@@ -324,7 +324,9 @@ def advance(state, images, labels, config, steps):
         averages = tuple(optax.incremental_update(parameters, old, 1 - jnp.minimum(m, early)) for old, m in pairs)
         return State(parameters, averages, optimizer_state, key, state.step + 1), value
 
-    state, losses = jax.lax.scan(step, state, length=steps, unroll=CPU)
+    if steps == 1:  # no loop, which is slow on a CPU even where it has one round
+        return step(state, None)
+    state, losses = jax.lax.scan(step, state, length=steps)
     return state, losses.mean()
 
 
