@@ -314,8 +314,7 @@ def test_sample_needs_no_other_file(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def test_many_steps_in_one_call_are_the_same_steps(splits, monkeypatch):
-    monkeypatch.setattr(task, "CPU", False)  # where they are one compiled loop
+def test_many_steps_in_one_call_are_the_same_steps(splits):
     images, labels = (jnp.asarray(array) for array in splits["train"])
 
     def state():
