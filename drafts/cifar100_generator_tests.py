@@ -20,6 +20,7 @@ from conftest import QUICK_COMPILATION, REPOSITORY
 os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)  # read when JAX is first used
 
 import cifar100_generator as task
+
 from experiments import cifar100_generator as experiments
 from plots import cifar100_generator as plots
 
