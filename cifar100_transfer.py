@@ -11,8 +11,11 @@ Jordan, "94 % on CIFAR-10 in 3.29 seconds on a single GPU" (arXiv:2404.00498).
     python cifar100_transfer.py --experiments      what each technique is worth, on validation images; can be resumed
     python cifar100_transfer.py --predict FILE...  prints the five most probable classes of each image
 
-5,000 of the 50,000 training images, 50 of each class, are held out for validation, and every choice is made there. The
-test images are read for the saved models alone.
+5,000 of the 50,000 training images, 50 of each class, are held out for validation, and every choice is made there.
+
+Test accuracy of VGG16: frozen 43.6 ± 0.2 % (n = 3 seeds), block 5 tuned 54.5, all blocks tuned 65.9, frozen and with
+images of 64 x 64 pixels 66.1 ± 0.2 (n = 2); own networks: 46.8, 60.5, 72.9 ± 0.3 (n = 2), both seeds of the last 75.3.
+Training runs took 0.3, 20, 26, 0.4, 12, 10 and 67 minutes, in this order, on 2 shared cores of an Intel Xeon with AMX.
 """
 
 from common import startup  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
@@ -26,7 +29,6 @@ import keras
 import numpy as np
 from keras import layers
 from keras.utils import to_categorical
-from PIL import Image, ImageOps
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import train_test_split
 
@@ -34,7 +36,7 @@ from common import cli, models, results, training
 from common.datasets import Cifar100Images, area_average, load_cifar100, vgg16_weights
 from common.errors import UserError, reason
 from common.files import replacing
-from common.images import predict_each, printable, read_image
+from common.images import predict_each, printable, read_square
 from common.metrics import classification_metrics, confident_mistakes, reliability, standard_deviation
 from common.optimizers import Muon
 
@@ -721,8 +723,7 @@ def predict_files(arguments):
     class_names = load_cifar100(arguments.data_dir, sample=True).class_names
 
     def predict_file(path):
-        small = ImageOps.fit(read_image(path, "RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-        probabilities = network.predict(np.asarray(small)[None], verbose=0)[0]
+        probabilities = network.predict(read_square(path, "RGB", IMAGE_SIZE)[None], verbose=0)[0]
         best = np.argsort(-probabilities)[:5]
         print(f"{printable(path)}: {', '.join(f'{class_names[each]} {probabilities[each]:.0%}' for each in best)}")
 

@@ -6,6 +6,7 @@ official FID uses 2,048 features of two further blocks and has another scale: al
 """
 
 import hashlib
+import importlib.util
 import os
 import zipfile
 from pathlib import Path
@@ -159,10 +160,10 @@ def novelty(images, real, training):
 def load_classifier(path):
     """Returns a function from images to penultimate features and class probabilities of a saved Keras classifier.
 
-    None, with one line, where there is no such file. Keras runs on JAX, unless it has been imported before.
+    None, with one line, where there is no such file or no Keras, which runs on JAX, unless it has been imported before.
     """
-    if not Path(path).exists():
-        print(f"the metrics by our own classifier are skipped: {path} is missing")
+    if not (Path(path).exists() and importlib.util.find_spec("keras")):
+        print(f"the metrics by our own classifier are skipped: {path} or Keras is missing")
         return None
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras  # slow, and not needed otherwise

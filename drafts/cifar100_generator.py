@@ -61,7 +61,6 @@ class Config:  # of a training run
     target: str = "edm"  # what is predicted: "edm" (Karras et al. 2022, table 1) or "velocity" (Liu et al. 2023)
     noise_mean: float = -1.2  # of the logarithm of the noise levels in training, which is normally distributed
     noise_deviation: float = 1.2
-    stratified: bool = True  # one noise level from each of batch_size equally likely intervals
     label_dropout: float = 0.1  # share of images whose class is withheld, for guidance
     steps: int = 50_000  # optimisation steps
     batch_size: int = 96
@@ -91,7 +90,7 @@ NUM_CLASSES, SIDE, CHANNELS, SHAPE = 100, 32, 3, (32, 32, 3)
 DATA_SEED = 2024  # of the held-out images and of the noise that the loss is measured with
 CPU = jax.default_backend() == "cpu"  # where XLA takes 30 times as long for convolutions inside a compiled loop
 STEPS_PER_CHECKPOINT = 250  # optimisation steps, also between the points of the learning curves
-SNAPSHOT_STEPS = 5000  # between weights that are kept to measure FID over training
+SNAPSHOT_STEPS = 10_000  # between weights that are kept to measure FID over training
 BATCH = 32 if CPU else 500  # of images that are generated or measured
 CURVE_ITEMS, MEASURED_ITEMS = 1000, 10_000  # of each split, at most: for learning curves, and for metrics
 HIGHEST, LOWEST, SPACING = 80.0, 0.002, 7  # noise levels of the sampler (Karras et al. 2022, equation 5)
@@ -233,24 +232,17 @@ def unet(weight, inputs, log_sigma, conditions, config):
     return maps.reshape(inputs.shape).astype("float32")
 
 
-def layout(config):
-    """Returns shape and initial gain of every parameter: dict from name to a pair."""
-    found, inputs = {}, (jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros((1, NUM_CLASSES + 1)))
+def init_model(seed, config):
+    """Returns fresh parameters: dict of float32 arrays, normal with a variance of gain² / inputs."""
+    parameters, generator = {}, np.random.default_rng(seed)
 
     def weight(name, shape, gain):
-        found[name] = shape, gain
-        return jnp.zeros(shape)
+        scale = np.float32(gain / math.sqrt(math.prod(shape[:-1])))
+        return parameters.setdefault(name, scale * generator.standard_normal(shape, dtype="float32"))
 
-    jax.eval_shape(lambda: unet(weight, *inputs, config))
-    return found
-
-
-def init_model(key, config):
-    """Returns fresh parameters: dict of float32 arrays, normal with a variance of gain² / inputs."""
-    found = layout(config)
-    keys = dict(zip(found, jax.random.split(key, len(found)), strict=True))
-    scales = {name: gain / math.sqrt(math.prod(shape[:-1])) for name, (shape, gain) in found.items()}
-    return {name: scales[name] * jax.random.normal(keys[name], shape) for name, (shape, _) in found.items()}
+    inputs = jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros((1, NUM_CLASSES + 1))
+    jax.eval_shape(lambda: unet(weight, *inputs, config))  # which asks for all of them and computes nothing
+    return parameters
 
 
 def penalty(num_parameters, steps):
@@ -262,7 +254,7 @@ def penalty(num_parameters, steps):
 
 def budget(config):
     """Returns number of parameters, penalty, and a line (str) about what a network takes of what the brief allows."""
-    count = sum(math.prod(shape) for shape, _ in layout(config).values())
+    count = sum(array.size for array in init_model(0, config).values())
     text = f"{count:,} of fewer than {PARAMETER_LIMIT:,} parameters, {config.steps:,} of at most {STEP_LIMIT:,} steps"
     return count, penalty(count, config.steps), f"{text}, penalty {penalty(count, config.steps)}"
 
@@ -318,9 +310,8 @@ def advance(state, images, labels, config, steps):
         chosen = jax.random.randint(batch_key, (count,), 0, len(labels))
         clean = images[chosen].astype("float32") / 127.5 - 1
         clean = jnp.where(jax.random.bernoulli(mirror_key, shape=(count, 1, 1, 1)), clean[:, :, ::-1], clean)
-        quantile = jax.random.uniform(level_key, (count,), minval=1e-6)
-        if config.stratified:  # as in Kingma et al. 2021, appendix I.1
-            quantile = (jnp.arange(count) + quantile) / count
+        # One noise level from each of as many equally likely intervals (Kingma et al. 2021, appendix I.1).
+        quantile = (jnp.arange(count) + jax.random.uniform(level_key, (count,), minval=1e-3)) / count
         sigma = jnp.exp(config.noise_mean + config.noise_deviation * jax.scipy.special.ndtri(quantile))
         dropped = jax.random.bernoulli(drop_key, config.label_dropout, (count,))
         conditions = jax.nn.one_hot(jnp.where(dropped, NUM_CLASSES, labels[chosen]), NUM_CLASSES + 1)
@@ -328,15 +319,12 @@ def advance(state, images, labels, config, steps):
         value, gradient = jax.value_and_grad(loss)(state.parameters, clean, noise, sigma, conditions)
         update, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, update)
-
-        def averaged(average, momentum):  # at first it follows closely, so that it forgets the initial weights
-            momentum = jnp.minimum(momentum, (state.step + 1) / (state.step + 10))
-            return jax.tree.map(lambda old, new: momentum * old + (1 - momentum) * new, average, parameters)
-
-        averages = tuple(averaged(*pair) for pair in zip(state.averages, config.averages, strict=True))
+        # At first the averages follow closely, so that they forget the initial weights.
+        early, pairs = (state.step + 1) / (state.step + 10), zip(state.averages, config.averages, strict=True)
+        averages = tuple(optax.incremental_update(parameters, old, 1 - jnp.minimum(m, early)) for old, m in pairs)
         return State(parameters, averages, optimizer_state, key, state.step + 1), value
 
-    if steps == 1:
+    if steps == 1:  # no loop, which is slow on a CPU even where it has one round
         return step(state, None)
     state, losses = jax.lax.scan(step, state, length=steps)
     return state, losses.mean()
@@ -346,9 +334,9 @@ def train_network(config, splits, seed, *, name, folder, resume):
     """Trains on "train", with checkpoints and snapshots in `folder`: averaged weights, learning curves, and seconds."""
     settings = json.loads(json.dumps(dataclasses.asdict(config))) | {"seed": seed}
     path, curves, seconds = folder / "checkpoint.npz", {key: [] for key in CURVES}, 0.0
-    key, subkey = jax.random.split(jax.random.PRNGKey(seed))
-    parameters, *averages = (init_model(subkey, config) for _ in (0, *config.averages))
-    state = State(parameters, tuple(averages), make_optimizer(config).init(parameters), key, jnp.zeros((), int))
+    parameters, *averages = (init_model(seed, config) for _ in (0, *config.averages))
+    optimizer, key = make_optimizer(config).init(parameters), jax.random.PRNGKey(seed)
+    state = State(parameters, tuple(averages), optimizer, key, jnp.zeros((), int))
     with reading(path, "start over without --resume"):
         if resume and path.exists():
             arrays, expected = dict(np.load(path)), {str(n): leaf for n, leaf in enumerate(jax.tree.leaves(state))}
@@ -373,8 +361,8 @@ def train_network(config, splits, seed, *, name, folder, resume):
         curves = {key: [*curves[key], value] for key, value in zip(CURVES, values, strict=True)}
         seconds += time.time() - started
         if values[0] % SNAPSHOT_STEPS == 0:
-            averages = {f"{number} {key}": a for number, of in enumerate(state.averages) for key, a in of.items()}
-            write_file(folder / f"snapshot_{values[0]:05}.npz", averages)
+            kept = {f"{n} {key}": np.asarray(a, "f2") for n, of in enumerate(state.averages) for key, a in of.items()}
+            write_file(folder / f"snapshot_{values[0]:05}.npz", kept)
         about = json.dumps({"settings": settings, "curves": curves, "seconds": seconds})
         leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
         write_file(path, {"about": np.array(about), **leaves})
@@ -397,6 +385,8 @@ def write_file(path, content):
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".*.{path.name}"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
@@ -439,7 +429,7 @@ def load_network(path):
         json.dumps([card[k] for k in (*RESULTS, "metrics", "curves", "choices", "class_names")], allow_nan=False)
         config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()})
         parameters = dict(np.load(path))
-        check_arrays(parameters, {name: np.empty(shape, "float32") for name, (shape, _) in layout(config).items()})
+        check_arrays(parameters, init_model(0, config))
         return [parameters, config, Sampling(**card["sampling"])], card
 
 
@@ -509,20 +499,14 @@ def sample(parameters, config, sampling, noise, conditions, name=""):
     return np.rint(np.clip((images + 1) * 127.5, 0, 255)).astype("uint8")
 
 
-def balanced_samples(network, count, seed):
-    """Generates `count` images of all classes in turn by a network: parameters, `Config` and `Sampling`."""
-    return sample(*network, draw_noise(count, seed)[0], ONE_HOT[BALANCED[:count]], "samples")
-
-
 # ---------------------------------------------------------------------------------------------------------- evaluation
 def denoising_loss(parameters, split, config, count=MEASURED_ITEMS):
     """Returns the error of denoised images at fixed noise of MEASURED_NOISE, weighted as in Karras et al. 2022."""
     clean, labels = split.images[:count].astype("float32") / 127.5 - 1, split.labels[:count]
-    generator, (mean, deviation) = np.random.default_rng(DATA_SEED), MEASURED_NOISE
+    parameters, generator = jax.device_put(parameters), np.random.default_rng(DATA_SEED)
     noise = generator.standard_normal(clean.shape, dtype="float32")
     quantiles = (generator.permutation(len(clean)) + 0.5) / len(clean)
-    sigma = np.exp(mean + deviation * np.asarray(jax.scipy.special.ndtri(quantiles), "float32"))
-    parameters = jax.device_put(parameters)
+    sigma = np.exp(MEASURED_NOISE[1] * np.asarray(jax.scipy.special.ndtri(quantiles), "float32") + MEASURED_NOISE[0])
 
     def errors(clean, noise, sigma, conditions):
         noisy = clean + noise * sigma[:, None, None, None]
@@ -532,7 +516,22 @@ def denoising_loss(parameters, split, config, count=MEASURED_ITEMS):
     return float(np.mean(weights * in_batches(errors, clean, noise, sigma, ONE_HOT[labels])))
 
 
-def measure(network, parts, training, compare, seed):
+def fid_of(compare, memory, network, count, seed, part):
+    """Returns what `compare` says of samples of all classes; what the file `memory` holds is not measured again."""
+    (parameters, _, sampling), labels = network, BALANCED[:count]  # network: weights, `Config` and `Sampling`
+    weights = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in parameters.values())).hexdigest()
+    key = f"{weights}, {sampling}, {count} samples of seed {seed}, {part}"
+    with reading(memory, "delete it, so that the network is measured again"):
+        known = json.loads(memory.read_text("utf-8")) if memory and memory.exists() else {}
+    if key not in known:
+        images = sample(*network, draw_noise(count, seed)[0], ONE_HOT[labels], "samples")
+        known[key] = compare(images, part, labels if part == "test" else None)
+        if memory:
+            write_file(memory, known)
+    return known[key]
+
+
+def measure(network, parts, training, fid, seed):
     """Measures a network on every part: dict from part to metric to float. Other arguments as from `parts_of`."""
     metrics = {name: {"loss": denoising_loss(network[0], split, network[1])} for name, split in parts.items()}
     if training:
@@ -540,21 +539,23 @@ def measure(network, parts, training, compare, seed):
         images = sample(*network, noise, ONE_HOT[labels], "unselected samples")
         novelty = importlib.import_module("common.fid").novelty
         metrics |= {n: metrics[n] | novelty(images, parts[n].images[: len(images)], training[n]) for n in training}
-    if compare:
-        metrics["test"] |= compare(balanced_samples(network, MEASURED_ITEMS, seed), "test", BALANCED)
+    if fid:
+        metrics["test"] |= fid(network, MEASURED_ITEMS, seed, "test")
     return metrics
 
 
 def parts_of(arguments, splits):
-    """Returns what is measured: splits by part, training images by part for novelty, and a function for FID or None."""
-    sample, compare = load_data(arguments.data_dir, sample=True)[0], None
+    """Returns what is measured: splits by part, training images by part for novelty, and `fid_of` or None."""
+    sample, fid = load_data(arguments.data_dir, sample=True)[0], None
     parts, training = splits | {"sample": sample["test"]}, {"test": splits["train"], "sample": sample["train"]}
     if arguments.load:
         parts = {"sample": parts["sample"]} if arguments.sample else splits
     if not (arguments.quick or arguments.sample):  # which have too few images for FID
         images = {part: split.images[:MEASURED_ITEMS] for part, split in splits.items()}
         compare = importlib.import_module("common.fid").comparison(arguments.data_dir, images, CLASSIFIER)
-    return parts, {n: of.images for n, of in training.items() if n in parts and not arguments.quick}, compare
+        memory = arguments.output_dir / "runs" / SCRIPT / "measured.json" if arguments.train else None
+        fid = functools.partial(fid_of, compare, memory)
+    return parts, {n: of.images for n, of in training.items() if n in parts and not arguments.quick}, fid
 
 
 def checksum_of(splits):
@@ -597,7 +598,7 @@ def compared_experiments(root):
 def train(arguments):
     """Trains, measures and saves the chosen networks. Returns their metrics: dict from network to `measure`'s."""
     splits, class_names = load_data(arguments.data_dir, arguments.quick, arguments.sample)
-    parts, training, compare = parts_of(arguments, splits)
+    parts, training, fid = parts_of(arguments, splits)
     dataset, measured = {"name": "CIFAR-100", **{name: len(split.labels) for name, split in parts.items()}}, {}
     dataset |= {"sha256": checksum_of(splits.values()), "sample_sha256": checksum_of([parts["sample"]])}
     for model in arguments.models:
@@ -606,10 +607,10 @@ def train(arguments):
         print(f"{model}: {used}")
         folder = arguments.output_dir / "runs" / SCRIPT / f"{model}_seed_{seed}"
         averages, curves, seconds = train_network(config, splits, seed, folder=folder, **options)
-        module, chosen = optional("experiments") if compare else None, (averages[0], Sampling(), [])
-        parameters, sampling, choices = module.choose(TASK, averages, config, compare, folder) if module else chosen
+        module, chosen = optional("experiments") if fid else None, (averages[0], Sampling(), [])
+        parameters, sampling, choices = module.choose(TASK, averages, config, fid, folder) if module else chosen
         network = parameters, config, sampling  # after the last choice, the test images are read
-        metrics = measured[model] = measure(network, parts, training, compare, seed)
+        metrics = measured[model] = measure(network, parts, training, fid, seed)
         path = write_file(arguments.output_dir / "saved_models" / SCRIPT / f"{model}.npz", parameters)
         card = {"script": f"{SCRIPT}.py", "model": model, "command": arguments.command, **environment()}
         card |= {"seed": seed, "config": dataclasses.asdict(config), "dataset": dataset, "class_names": class_names}
@@ -617,11 +618,10 @@ def train(arguments):
         card |= {"steps": config.steps, "batch_size": config.batch_size, "penalty": marks, "seconds": seconds}
         card |= {"parameters": {"trainable": count, "total": count}, "metrics": metrics, "curves": curves}
         card |= {"sampling": dataclasses.asdict(sampling), "choices": choices, "scale": {}, "second_seed": {}}
-        if compare:
-            card["second_seed"] = compare(balanced_samples(network, MEASURED_ITEMS, seed + 1), "test")
-            card["scale"] = importlib.import_module("common.fid").scale(
-                arguments.data_dir, splits["train"].images, splits["test"].images
-            )
+        if fid:
+            card["second_seed"] = fid(network, MEASURED_ITEMS, seed + 1, "test")
+            scale = importlib.import_module("common.fid").scale
+            card["scale"] = scale(arguments.data_dir, splits["train"].images, splits["test"].images)
         card |= {"shortened": "--quick: few images and steps" if arguments.quick else None}
         write_file(path.with_suffix(".json"), card | {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
         print(f"{model}: {used}")
@@ -636,11 +636,11 @@ def report(arguments, measured=None):
     print(f"networks from {folder}")
     splits, _ = load_data(arguments.data_dir, arguments.quick, arguments.sample)
     restored = {model: load_network(folder / f"{model}.npz") for model in arguments.models}
-    parts, training, compare = parts_of(arguments, splits) if not measured else (splits, {}, None)
+    parts, training, fid = parts_of(arguments, splits) if not measured else (splits, {}, None)
     key = "sample_sha256" if arguments.load and arguments.sample else "sha256"
     checksum = checksum_of((parts if key == "sample_sha256" else splits).values())
     for model, (network, card) in restored.items():
-        metrics = measured[model] if measured else measure(network, parts, training, compare, card["seed"])
+        metrics = measured[model] if measured else measure(network, parts, training, fid, card["seed"])
         if not (known := card["metrics"] if card["dataset"][key] == checksum else {}):
             print(f"{model}: not compared, as its card is about other images than these")
         tolerance = TOLERANCE if card["platform"] == jax.default_backend() else TOLERANCE_ELSEWHERE

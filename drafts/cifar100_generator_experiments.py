@@ -25,7 +25,6 @@ BASELINE = {
     "target": "edm",
     "noise_mean": -1.2,
     "noise_deviation": 1.2,
-    "stratified": True,
     "label_dropout": 0.1,
     "steps": 2000,
     "batch_size": 64,
@@ -40,7 +39,6 @@ VARIANTS = {
     "no attention": {"attention": 0},
     "velocity": {"target": "velocity"},
     "velocity, noise levels about 1": {"target": "velocity", "noise_mean": 0.0, "noise_deviation": 1.0},
-    "independent noise levels": {"stratified": False},
     "no label dropout": {"label_dropout": 0.0},
     "label dropout 20 %": {"label_dropout": 0.2},
     "learning rate 0.0005": {"learning_rate": 5e-4},
@@ -147,36 +145,36 @@ def summary(compared):
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
-def choose(task, averages, config, compare, folder):
+def choose(task, averages, config, fid, folder):
     """Chooses average and guidance, one after the other; measures steps and snapshots of the training run beside them.
 
     Args:
         averages: tuple of averaged weights, one for each of `config.averages`.
-        compare: function from images and "valid" to metrics, a dict with `fid_768`.
-        folder: of the training run, with its snapshots.
+        fid: function from a network, number of samples, seed and "valid" to metrics, a dict with `fid_768`.
+        folder: of the training run, with its snapshots, of which some may have been left elsewhere.
 
     Returns the chosen weights, the `Sampling`, and all that was measured: list of dict.
     """
     rows, usual = [], task.Sampling()
 
-    def fid(varied, number, sampling, step=config.steps):
+    def measured(varied, number, sampling, step=config.steps):
         parameters = averages[number]
         if step < config.steps:
             path = folder / f"snapshot_{step:05}.npz"
             with task.reading(path, "start over without --resume"), np.load(path) as file:
-                parameters = {name: file[f"{number} {name}"] for name in parameters}
+                parameters = {name: file[f"{number} {name}"].astype("float32") for name in parameters}
         row = {"varied": varied, "average": config.averages[number], "step": step, **dataclasses.asdict(sampling)}
-        images = task.balanced_samples((parameters, config, sampling), NUM_SAMPLES, task.DATA_SEED)
-        rows.append(row | compare(images, "valid"))
+        rows.append(row | fid((parameters, config, sampling), NUM_SAMPLES, task.DATA_SEED, "valid"))
         print(", ".join(f"{key} {value:.5g}" for key, value in rows[-1].items() if key != "varied"))
         return rows[-1]["fid_768"]
 
-    number = min(range(len(averages)), key=lambda n: fid("average", n, usual))
+    number = min(range(len(averages)), key=lambda n: measured("average", n, usual))
     options = [dataclasses.replace(usual, guidance=guidance) for guidance in GUIDANCE]
-    chosen = min(options, key=lambda sampling: fid("guidance", number, sampling))
-    fid("interval", number, dataclasses.replace(chosen, **EVERYWHERE))
+    chosen = min(options, key=lambda sampling: measured("guidance", number, sampling))
+    measured("interval", number, dataclasses.replace(chosen, **EVERYWHERE))
     for steps in STEPS:
-        fid("steps", number, dataclasses.replace(chosen, steps=steps))
+        measured("steps", number, dataclasses.replace(chosen, steps=steps))
     for step in range(task.SNAPSHOT_STEPS, config.steps + 1, task.SNAPSHOT_STEPS):
-        fid("training", number, chosen, step)
+        if step == config.steps or (folder / f"snapshot_{step:05}.npz").exists():
+            measured("training", number, chosen, step)
     return averages[number], chosen, rows

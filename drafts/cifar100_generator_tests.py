@@ -44,7 +44,7 @@ def splits():
 @pytest.fixture(scope="module")
 def parameters():
     """A tiny network whose output is not zero, as it is at first."""
-    found = task.init_model(jax.random.key(0), CONFIG)
+    found = task.init_model(0, CONFIG)
     return {name: array + 0.05 * GENERATOR.normal(size=array.shape).astype("float32") for name, array in found.items()}
 
 
@@ -91,9 +91,12 @@ def test_networks_keep_to_the_budget(model):
 
 
 def test_averages_are_copies_of_one_network_of_the_counted_size():
-    found = task.init_model(jax.random.key(0), CONFIG)
+    found = task.init_model(0, CONFIG)
     assert sum(array.size for array in found.values()) == task.budget(CONFIG)[0]
-    assert {array.dtype for array in found.values()} == {jnp.dtype("float32")}
+    assert {array.dtype for array in found.values()} == {np.dtype("float32")}
+    assert not np.array_equal(found["noise_kernel"], task.init_model(1, CONFIG)["noise_kernel"])
+    kernel = task.init_model(0, task.CONFIGS["patches"])["down_2_kernel"]  # 2 x 2 x 80 inputs
+    assert kernel.std() == pytest.approx(1 / np.sqrt(2 * 2 * 80), rel=0.05)
 
 
 # -------------------------------------------------------------------------------------------------------------- network
@@ -118,14 +121,14 @@ def test_the_velocity_of_a_known_image_gives_that_image(sigma):
 
 def test_a_new_network_returns_zero_and_so_the_denoised_image_is_the_noisy_one_scaled():
     noisy, sigma = GENERATOR.normal(size=(2, 32, 32, 3)).astype("float32"), np.array([0.5, 0.5], "float32")
-    fresh = task.init_model(jax.random.key(0), CONFIG)
+    fresh = task.init_model(0, CONFIG)
     found = task.denoise(fresh, noisy, sigma, task.ONE_HOT[[3, 4]], 1.0, CONFIG, False)
     assert np.allclose(found, noisy / 2, atol=1e-5)
 
 
 def test_noise_level_class_and_last_pixel_matter_to_a_network_of_two_levels():
     config = dataclasses.replace(CONFIG, widths=(8, 8), blocks=(1, 1))
-    parameters = task.init_model(jax.random.key(0), config)
+    parameters = task.init_model(0, config)
     parameters = {n: a + 0.05 * GENERATOR.normal(size=a.shape).astype("float32") for n, a in parameters.items()}
     noisy = np.repeat(GENERATOR.normal(size=(1, 32, 32, 3)), 4, axis=0).astype("float32")
     noisy[1, 31, 31] += 1  # in a corner of the second image
@@ -191,8 +194,30 @@ def test_samples_depend_on_the_seed_alone_and_not_on_their_number(parameters):
     assert np.array_equal(few, many[:3])
     assert np.array_equal(many, images(23, 0))
     assert not np.array_equal(few, images(3, 1))
-    balanced = task.balanced_samples(network, 3, 0)
-    assert np.array_equal(balanced, task.sample(*network, task.draw_noise(3, 0)[0], task.ONE_HOT[[0, 1, 2]]))
+
+
+def test_what_was_measured_before_a_run_was_stopped_is_not_measured_again(parameters, tmp_path, monkeypatch):
+    network, memory, calls = (parameters, CONFIG, task.Sampling(steps=2)), tmp_path / "measured.json", []
+
+    def compare(images, part, labels):
+        calls.append((images, part, labels))
+        return {"fid_768": float(len(calls))}
+
+    assert task.fid_of(compare, memory, network, 3, 0, "test") == {"fid_768": 1}
+    images, part, labels = calls[0]
+    assert np.array_equal(images, task.sample(*network, task.draw_noise(3, 0)[0], task.ONE_HOT[[0, 1, 2]]))
+    assert (part, labels.tolist()) == ("test", [0, 1, 2])
+    assert task.fid_of(compare, memory, network, 3, 0, "test") == {"fid_768": 1}
+    changed = {name: array + 1 for name, array in parameters.items()}, CONFIG, network[2]
+    guided = parameters, CONFIG, dataclasses.replace(network[2], guidance=2.0)
+    others = [(network, 3, 0, "valid"), (network, 4, 0, "test"), (network, 3, 1, "test"), (changed, 3, 0, "test")]
+    for number, other in enumerate([*others, (guided, 3, 0, "test")], start=2):
+        assert task.fid_of(compare, memory, *other) == {"fid_768": number}
+    assert calls[1][2] is None  # classes matter to the metrics of the classifier, which are of the test images alone
+    assert task.fid_of(compare, None, network, 3, 0, "test") == {"fid_768": 7}
+    memory.write_text(memory.read_text()[:-9])
+    with pytest.raises(task.UserError, match=r"measured\.json is damaged .*; delete it"):
+        task.fid_of(compare, memory, network, 3, 0, "test")
 
 
 def test_interpolations_start_and_end_at_the_pairs_and_keep_the_length_of_noise():
@@ -294,7 +319,7 @@ def test_many_steps_in_one_call_are_the_same_steps(splits):
     images, labels = (jnp.asarray(array) for array in splits["train"])
 
     def state():
-        found = task.init_model(jax.random.key(0), CONFIG)
+        found = task.init_model(0, CONFIG)
         averages = tuple(jax.tree.map(jnp.copy, found) for _ in CONFIG.averages)
         optimizer = task.make_optimizer(CONFIG).init(found)
         return task.State(found, averages, optimizer, jax.random.PRNGKey(1), jnp.zeros((), int))
@@ -363,7 +388,7 @@ def test_damaged_checkpoint(splits, stopped, tmp_path, damage):
 
 
 def test_loss_is_measured_at_fixed_noise_and_is_that_of_a_network_that_knows_nothing(splits):
-    fresh = task.init_model(jax.random.key(0), CONFIG)
+    fresh = task.init_model(0, CONFIG)
     loss = task.denoising_loss(fresh, splits["valid"], CONFIG)
     assert loss == task.denoising_loss(fresh, splits["valid"], dataclasses.replace(CONFIG, noise_mean=3.0))
     clean = splits["valid"].images / 127.5 - 1
@@ -479,20 +504,20 @@ def test_finished_experiments_are_not_run_again(tmp_path, monkeypatch, capsys):
 def test_average_and_guidance_are_chosen_by_the_lowest_fid(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, steps=3, averages=(0.9, 0.99))
     averages = {"a": np.zeros(1)}, {"a": np.ones(1)}
-    np.savez(tmp_path / "snapshot_00002.npz", **{"0 a": np.zeros(1), "1 a": np.full(1, 5.0)})
-    monkeypatch.setattr(task, "SNAPSHOT_STEPS", 2)
-    monkeypatch.setattr(task, "balanced_samples", lambda network, count, seed: network)
+    np.savez(tmp_path / "snapshot_00002.npz", **{"0 a": np.zeros(1, "f2"), "1 a": np.full(1, 5, "f2")})
+    monkeypatch.setattr(task, "SNAPSHOT_STEPS", 1)  # of which the first was left on another machine
 
-    def compare(network, part):  # best with the second average and guidance 1.6, worse with few steps
+    def fid(network, count, seed, part):  # best with the second average and guidance 1.6, worse with few steps
         assert part == "valid"
         parameters, _, sampling = network
         return {"fid_768": abs(parameters["a"][0] - 1) + abs(sampling.guidance - 1.6) + 1 / sampling.steps}
 
-    chosen, sampling, rows = experiments.choose(task, averages, config, compare, tmp_path)
+    chosen, sampling, rows = experiments.choose(task, averages, config, fid, tmp_path)
     assert chosen is averages[1]
     assert sampling == dataclasses.replace(task.Sampling(), guidance=1.6)
     assert {row["varied"] for row in rows} == {"average", "guidance", "interval", "steps", "training"}
-    (at_two,) = (row for row in rows if row["varied"] == "training")
+    at_two, at_the_end = (row for row in rows if row["varied"] == "training")
+    assert at_the_end["step"] == 3
     assert at_two["step"] == 2
     assert at_two["fid_768"] == pytest.approx(4 + 1 / 18)
     assert plots.draw_choices(rows, tmp_path / "choices.png").exists()

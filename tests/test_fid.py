@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import zipfile
 from pathlib import Path
 
@@ -198,7 +199,7 @@ def test_novelty_tells_copies_from_new_images():
     assert found["real_pairwise_distance"] == pytest.approx((10 + 30 + 20) / 3)
 
 
-def test_classifier_agreement_and_coverage(tmp_path, capsys):
+def test_classifier_agreement_and_coverage(tmp_path, capsys, monkeypatch):
     assert fid.load_classifier(tmp_path / "none.keras") is None
     assert "is missing" in capsys.readouterr().out
     inputs = keras.Input((2, 2, 1))
@@ -216,6 +217,8 @@ def test_classifier_agreement_and_coverage(tmp_path, capsys):
         "classifier_frechet": pytest.approx(0, abs=1e-3),
     }
     assert fid.by_classifier(classifier, images, (labels + 1) % 4, images[::-1])["class_agreement"] == 0
+    monkeypatch.setitem(sys.modules, "keras", None)
+    assert fid.load_classifier(tmp_path / "model.keras") is None
 
 
 def test_comparison_adds_the_classifier_where_classes_are_known(constant_network, tmp_path, monkeypatch):
