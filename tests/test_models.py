@@ -216,8 +216,9 @@ def test_every_committed_card_is_whole_and_belongs_to_its_weights():
         assert card["model"] == path.stem
         assert card["weights_sha256"] == sha256(path)
         assert card["shortened"] is None
-        assert card["metrics"]["sample"]
-        assert card["metrics"]["test"]
+        if path.stem != "vgg_blocks_1_to_4":  # which classifies nothing by itself
+            assert card["metrics"]["sample"]
+            assert card["metrics"]["test"]
         assert "recipe" not in card
 
 
