@@ -40,8 +40,8 @@ sys.path.insert(0, str(REPOSITORY))
 from common.errors import UserError  # noqa: E402
 from common.files import replacing  # noqa: E402
 
-# What a brief allows; "concise" is a number of ours. Words are those of the text: neither captions, tables and formulas, nor references and appendix;
-# pages are all of them.
+# What a brief allows; what "concise" means is our choice. Words are those of the text: neither captions, tables and
+# formulas, nor references and appendix; pages are all of them.
 LIMITS = {"ann_homework2": {"words": 2250}, "cosc420_assignment1": {"words": 1750}, "idl_assignment1": {"pages": 10}}
 SPACE = "\N{NO-BREAK SPACE}"
 UNITS = {"pct": (100, f"{SPACE}%"), "points": (100, f"{SPACE}points"), "deg": (1, "°"), "num": (1, "")}  # factor, sign
