@@ -348,12 +348,13 @@ def classify(name, number, path, progress=gr.Progress()):  # noqa: B008  (how Gr
         if name != "cifar100":
             script = fashion_cifar_mlp_cnn
             names = [model for model, (key, *_) in script.MODELS.items() if key == name]
+        features = {"images": image[None]}
         for model in progress.tqdm(names, unit="networks"):
-            inputs, config = image[None], cifar100_transfer.SAVED.get(model)
+            config = cifar100_transfer.SAVED.get(model)
             kind = script.saved_with(config) if isinstance(config, cifar100_transfer.VggConfig) else "images"
-            if kind != "images":
-                inputs = script.predict(vgg_base(kind), inputs)
-            (probabilities,) = script.predict(restored(script, model), inputs)
+            if kind not in features:
+                features[kind] = script.predict(vgg_base(kind), image[None])
+            (probabilities,) = script.predict(restored(script, model), features[kind])
             best = most_probable(probabilities, dataset.class_names, 5)
             rows.append([f"`{model}`", scored(script, model, "{accuracy:.2%}"), *best])
         header = ["network", "test accuracy", "most probable", "2nd", "3rd", "4th", "5th"]

@@ -509,7 +509,7 @@ def draw_figures(plots, sampler, config, card, evaluation, training_images, seed
 
     # One image of each category while it is denoised.
     labels = {"category": np.arange(len(CATEGORIES)), "elevation": np.full(len(CATEGORIES), shown)}
-    states = sampler.trajectory(diffusion.sampler_inputs(labels, IMAGE_SHAPE, seed))
+    states = sampler.states(diffusion.sampler_inputs(labels, IMAGE_SHAPE, seed))
     denoised = np.stack([denormalize(noisy, sampler.value_range) for noisy in states], axis=1)
     distances, nearest = evaluation.neighbour_distances, training_images.images[evaluation.nearest]
     return [

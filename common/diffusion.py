@@ -117,7 +117,7 @@ def build_unet(image_shape, num_labels, *, patch, widths, blocks, attention, mix
         """Two convolutions; between them the condition scales and shifts every filter (Perez et al. 2018)."""
         shortcut = features if features.shape[-1] == filters else convolution(filters, 1)(features)
         features = convolution(filters)(activated(features) if input_norm else layers.ReLU()(features))
-        # The condition scales and shifts anyway.
+        # The condition scales and shifts anyway; the saved network of task 2 has a scale and a shift here as well.
         features = layers.GroupNormalization(8, center=input_norm, scale=input_norm)(features)
         scale, shift = (layers.Dense(filters)(condition)[:, None, None] for _ in range(2))
         features = layers.ReLU()(features * (1 + scale) + shift)
@@ -315,10 +315,6 @@ class Sampler(keras.Model):
         for number in range(self.sampling.steps):
             noisy = self.step(number, noisy, inputs)
             yield ops.convert_to_numpy(noisy)
-
-    def trajectory(self, inputs):
-        """Returns what `states` yields, a list."""
-        return list(self.states(inputs))
 
 
 def sampler_inputs(labels, image_shape, seed, noise=None):

@@ -48,7 +48,7 @@ def color_of(name):
 
 def draw_cost(of_models, path):
     """Test accuracy of every model against its trainable parameters and against the minutes of its training run."""
-    shown = {name: each for name, each in of_models.items() if name in NAMES and name != "own_3_seed_1"}
+    shown = {name: each for name, each in of_models.items() if name != "own_3_seed_1"}
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axes, label, value_of in (
         (panels[0], "trainable parameters", lambda each: each["parameters"]["trainable"]),

@@ -215,7 +215,7 @@ def test_images_stay_in_their_range():
 def test_the_trajectory_ends_with_the_sample(name):
     inputs = diffusion.sampler_inputs({"category": np.array([0, 1])}, SHAPE, 0)
     sampler = one_image_sampler(name, 4, 2.0, 1.0)
-    states = sampler.trajectory(inputs)
+    states = list(sampler.states(inputs))
     assert len(states) == 5
     assert np.array_equal(states[0], inputs["noise"])
     assert np.allclose(states[-1], sampler.predict(inputs, verbose=0), atol=1e-6)
