@@ -178,10 +178,11 @@ def trainer(network, config, seed):
 def train_network(config, examples, seed, validation=None, **checkpoint):
     """Trains one diffusion network; `checkpoint` are `folder` and `resume` of `training.fit`.
 
-    Returns it in float32 with averaged weights, learning curves (validation: not averaged), and seconds.
+    Returns it in float32 with averaged weights, learning curves, and seconds.
     """
     build, wrap = functools.partial(build_network, config), functools.partial(trainer, config=config, seed=seed)
-    optimizer, held_out = diffusion.averaging_optimizer(config.average), validation and validation._asdict()
+    optimizer = diffusion.averaging_optimizer(config.average)
+    held_out = validation and diffusion.with_fixed_noise(validation._asdict(), IMAGE_SHAPE)
     return diffusion.train_network(build, wrap, optimizer, config, examples._asdict(), seed, held_out, **checkpoint)
 
 
