@@ -18,8 +18,8 @@ lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/.run  ## how fast --train feeds its network, beside a bare model.fit
-	$(BIN)/python tests/bench_feeding.py
+bench: .venv/.run  ## speed and memory of every script, in ten minutes: report/results/bench.json
+	$(BIN)/python tests/bench.py
 
 figures: .venv/.run  ## every figure again from the saved models and the full datasets
 	set -e; for script in $(SCRIPTS); do $(BIN)/python $$script.py --load; done

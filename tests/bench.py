@@ -1,0 +1,137 @@
+"""Speed and memory of every script, in one run: `make bench`. Writes report/results/bench.json.
+
+- Training: images per second as `--train` feeds its model (`common.training.fit`), beside a bare `model.fit` of the
+  same model, augmentation included, on the same arrays with the defaults of Keras. They take turns, because other work
+  on the machine slows either down from time to time; what counts is the ratio of their best epochs.
+- `--load --sample`: seconds from start to exit, and the peak of memory.
+- Sampling: seconds of a process that generates 64 images.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import startup  # isort: skip  # noqa: F401  (before Keras is imported anywhere)
+
+import importlib
+
+import keras
+
+from common import cli, training
+from common.files import write_json
+from common.models import conditions
+
+REPOSITORY = cli.REPOSITORY
+SCRIPTS = {  # script -> the model that is trained; None for pure JAX, which has no `model.fit` to compare with
+    "task1_smallnorb_cnn": "joint",
+    "task2_diffusion": "network",
+    "fashion_cifar_mlp_cnn": "cifar_cnn_1",
+    "tell_the_time": "best_75",
+    "cifar100_transfer": "own_3",
+    "voc_segmentation": "unet_bilinear",
+    "addnist_classifier": None,
+}
+SAMPLING = {"task2_diffusion": 64}  # script -> number of images
+BATCHES, ROUNDS = 32, 4
+
+
+class Captured(Exception):
+    """Carries what a script hands to `training.fit`."""
+
+
+def capture(script, model, arguments):
+    """Returns the compiled model, inputs, targets and config that `--train` hands to `training.fit` first."""
+
+    def stop(model, inputs, targets, *, config, **_):
+        raise Captured(model, inputs, targets, config)
+
+    original, training.fit = training.fit, stop
+    try:
+        with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
+            folders = ["--data-dir", str(arguments.data_dir), "--output-dir", link_models(folder)]
+            importlib.import_module(script).main(["--train", "--model", model, *folders])
+    except Captured as captured:
+        return captured.args
+    finally:
+        training.fit = original
+    raise RuntimeError(f"{script}.py --train does not use training.fit")
+
+
+def link_models(folder):
+    """Returns `folder`, in which there are the saved models now: a generator is measured with its classifier."""
+    (Path(folder) / "saved_models").symlink_to(REPOSITORY / "saved_models")
+    return folder
+
+
+def epochs(script, model, arguments):
+    """Returns two functions that train a few batches, bare and as `--train` does it, and the number of images."""
+    functions = []
+    for is_bare in (True, False):
+        compiled, inputs, targets, config = capture(script, model, arguments)
+        count = BATCHES * config.batch_size
+        inputs, targets = keras.tree.map_structure(lambda array, count=count: array[:count], (inputs, targets))
+        if is_bare:
+            compiled.steps_per_execution = 1
+            options = {"x": inputs, "y": targets, "batch_size": config.batch_size}
+        else:
+            batches = training.Batches((inputs,) if targets is None else (inputs, targets), config.batch_size, seed=0)
+            callbacks = [training.KeepMemory(), keras.callbacks.TerminateOnNaN(), training.EpochSeeds(batches)]
+            options = {"x": batches, "shuffle": False, "callbacks": callbacks}
+        functions.append(lambda compiled=compiled, options=options: compiled.fit(**options, verbose=0))
+    return *functions, count
+
+
+def measure_training(script, model, arguments):
+    """Returns images per second of the best of `ROUNDS` epochs, bare and as `--train` does it, and their ratio."""
+    bare, ours, count = epochs(script, model, arguments)
+    speeds = {"bare": 0.0, "ours": 0.0}
+    for turn in range(ROUNDS + 1):
+        for name, train in (("bare", bare), ("ours", ours)):
+            start = time.perf_counter()
+            train()
+            if turn:  # the first one compiles
+                speeds[name] = max(speeds[name], count / (time.perf_counter() - start))
+    found = {"model": model, "images_per_second": speeds["ours"], "bare_images_per_second": speeds["bare"]}
+    return found | {"ratio": speeds["ours"] / speeds["bare"]}
+
+
+def measure_process(*command):
+    """Returns the seconds and the peak of memory, in MB, of a process; it must succeed."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, cwd=REPOSITORY)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed")
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+    return time.perf_counter() - start, usage.ru_maxrss / unit
+
+
+def main(argv=None):
+    arguments = cli.parse(cli.parser(__doc__, list(SCRIPTS)), ["--train", *(sys.argv[1:] if argv is None else argv)])
+    measured = {}
+    for script in [arguments.model] if arguments.model else SCRIPTS:
+        found = measure_training(script, SCRIPTS[script], arguments) if SCRIPTS[script] else {}
+        keras.utils.clear_session()
+        with tempfile.TemporaryDirectory() as folder:
+            folders = ["--output-dir", link_models(folder), "--data-dir", str(arguments.data_dir)]
+            command = [f"{script}.py", "--load", *folders]
+            found["load_seconds"], found["load_megabytes"] = measure_process(*command, "--sample")
+            if script in SAMPLING:
+                found["sampling_seconds"], _ = measure_process(*command, "--samples", str(SAMPLING[script]))
+        measured[script] = {
+            name: value if isinstance(value, str) else float(f"{value:.4g}") for name, value in found.items()
+        }
+        print(script, json.dumps(measured[script]), flush=True)
+    if not arguments.model:
+        write_json(REPOSITORY / "report" / "results" / "bench.json", {**conditions(), "scripts": measured})
+
+
+if __name__ == "__main__":
+    cli.run(main)
