@@ -406,7 +406,7 @@ def build(brief):
 
 
 def main(names):
-    """Writes the reports of the briefs `names`, or of all; what lacks LaTeX is skipped, and an error after the others."""
+    """Writes the reports of the briefs `names`, or of all; one that lacks LaTeX is skipped and reported last."""
     skipped = None
     for brief in names or briefs():
         try:
