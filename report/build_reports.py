@@ -334,6 +334,13 @@ def metadata(document, name):
     return write({**document, "meta": {}, "blocks": [inlines]}, "plain", wrap="none").strip()
 
 
+def without_formulas(node):
+    """Returns a part of pandoc's document (list, dict or value) without its formulas."""
+    if isinstance(node, list):
+        return [without_formulas(part) for part in node if not (isinstance(part, dict) and part.get("t") == "Math")]
+    return {name: without_formulas(part) for name, part in node.items()} if isinstance(node, dict) else node
+
+
 def count_words(document):
     """Returns the number of words in paragraphs and lists before the references."""
     text = []
@@ -342,7 +349,7 @@ def count_words(document):
             break
         if block["t"] in ("Para", "Plain", "BulletList", "OrderedList", "BlockQuote"):
             text.append(block)
-    plain = write({**document, "meta": {}, "blocks": text}, "plain", wrap="none")
+    plain = write({**document, "meta": {}, "blocks": without_formulas(text)}, "plain", wrap="none")
     return sum(any(character.isalpha() for character in word) for word in plain.split())
 
 
