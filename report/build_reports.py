@@ -393,7 +393,11 @@ def build(brief):
     place = path.relative_to(REPOSITORY)
     try:
         if path.name == LATEX:
-            document, printed = parse(render(path)[0], "latex"), latex_pdf(path)
+            # Renderers of Markdown do not know the environment.
+            text = re.sub(
+                r"\\(begin|end)\{equation\}", lambda match: r"\[" if match[1] == "begin" else r"\]", render(path)[0]
+            )
+            document, printed = parse(text, "latex"), latex_pdf(path)
         else:
             document = parse(render(path)[0])
             printed = pdf(document)
