@@ -370,6 +370,12 @@ def pdf(document):
         raise UserError(f"Typst: {str(error).splitlines()[0]}") from error
 
 
+def web_text(path):
+    """Returns the LaTeX of the page for the web, with formulas that renderers of Markdown know."""
+    text = render(path)[0]
+    return text.replace(r"\begin{equation}", r"\[").replace(r"\end{equation}", r"\]")
+
+
 def latex_files(path):
     """Returns all that the PDF of a source in LaTeX is made from: dict from path to bytes."""
     text, images = render(path, web=False)
@@ -393,16 +399,12 @@ def build(brief):
     place = path.relative_to(REPOSITORY)
     try:
         if path.name == LATEX:
-            # Renderers of Markdown do not know the environment.
-            text = re.sub(
-                r"\\(begin|end)\{equation\}", lambda match: r"\[" if match[1] == "begin" else r"\]", render(path)[0]
-            )
-            document, printed = parse(text, "latex"), latex_pdf(path)
+            document, printed = parse(web_text(path), "latex"), latex_pdf(path)
         else:
             document = parse(render(path)[0])
             printed = pdf(document)
-    except latex.NoLatexError:
-        raise
+    except latex.NoLatexError as error:
+        raise type(error)(f"report/{brief}.pdf is older than its source, results or figures, and {error}") from error
     except (jinja2.TemplateError, UserError, RuntimeError) as error:
         if isinstance(error, jinja2.TemplateSyntaxError):
             place = f"{place.with_name(error.name)}, line {error.lineno}"
@@ -423,7 +425,7 @@ def main(names):
         try:
             page, printed, sizes = build(brief)
         except latex.NoLatexError as error:
-            skipped = UserError(f"report/{brief}.pdf is skipped: {error}")
+            skipped = UserError(f"skipped: {error}")
             continue
         for suffix, content in (("md", page.encode()), ("pdf", printed)):
             path = REPORT / f"{brief}.{suffix}"

@@ -53,9 +53,10 @@ def checksum(files):
 
 def is_made_from(path, files):
     """Returns whether the PDF at `path` was made from `files`."""
-    if not path.exists():
+    try:
+        return (pypdf.PdfReader(path).metadata or {}).get(CHECKSUM) == checksum(files)
+    except (OSError, pypdf.errors.PyPdfError):  # there is none, or it is damaged
         return False
-    return (pypdf.PdfReader(path).metadata or {}).get(CHECKSUM) == checksum(files)
 
 
 def pages_of_text(reader):
@@ -74,7 +75,7 @@ def typeset(files, created):
     Raises `UserError` where LaTeX is missing or stops, or where something that the text refers to does not exist.
     """
     if not shutil.which("latexmk"):
-        raise NoLatexError(f"the paper has changed and LaTeX is missing; {INSTALL}, or keep the committed PDF")
+        raise NoLatexError(f"LaTeX is missing; install it ({INSTALL}) or keep the committed PDF")
     head = HEAD % (CHECKSUM, checksum(files))
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
