@@ -24,10 +24,10 @@ bench: .venv/.run  ## speed and memory of every script, in ten minutes: report/r
 figures: .venv/.run  ## every figure again from the saved models and the full datasets
 	set -e; for script in $(SCRIPTS); do $(BIN)/python $$script.py --load; done
 
-numbers: .venv/.run  ## put the measured numbers into README.md, the index of the saved models and the pages of scripts
+numbers: .venv/.run  ## put the measured numbers into README.md and the index of the saved models
 	$(BIN)/python report/numbers_and_tables.py
 
-reports: .venv/.test  ## the reports, report/*.pdf and their Markdown, from report/*/report.md and the measured numbers
+reports: .venv/.test  ## the reports, report/*.pdf and their Markdown, from their sources in report/*/ and the measured numbers
 	$(BIN)/python report/build_reports.py
 
 submission: .venv/.test  ## what a brief asks to hand in, as a zip in dist/: make submission BRIEF=pegasus NAME=abcd12

@@ -5,6 +5,10 @@ from `report/results/` and the cards in `saved_models/`. A name that does not ex
 it into `report/<brief>.md` for the web and, with Typst and `report/template.typ`, into `report/<brief>.pdf`. Both are
 committed; the same source always gives the same bytes. References come from `report/references.bib`.
 
+Where the brief asks for LaTeX, the source is `report/<brief>/paper.tex.j2`, with its layout in the same folder, and
+`report/latex.py` makes the PDF. It can import other sources of the folder. Jinja's delimiters are `<< >>`, `<% %>` and
+`<# #>` there.
+
 What a source can use, besides the language of Jinja2 (docs: https://jinja.palletsprojects.com/templates/):
 
     results("task1_smallnorb_cnn").seeds.mean     the JSON of a script       card("tell_the_time/best_75").metrics
@@ -17,12 +21,16 @@ What a source can use, besides the language of Jinja2 (docs: https://jinja.palle
     {% call figure("name", "script/file.png", "what it shows, for who cannot see it", width=80) %}caption{% endcall %}
     {% call caption("name") %}caption of the table above{% endcall %}
     {{ see("name") }}                             Figure 3, or Table 1
+
+In LaTeX, `<< image("script/file.png") >>` is the path of a figure, `<% call caption("name", "Table") %>` gives a float
+its caption, `measured("script")` says whether there are results, and `web` whether the page for the web is being made.
 """
 
 import functools
 import io
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -37,17 +45,25 @@ from scipy.stats import rankdata, spearmanr
 REPORT = Path(__file__).resolve().parent
 REPOSITORY = REPORT.parent
 sys.path.insert(0, str(REPOSITORY))
+import latex  # noqa: E402
+
 from common.errors import UserError  # noqa: E402
 from common.files import replacing  # noqa: E402
 
 # What a brief allows; what "concise" means is our choice. Words are those of the text: neither captions, tables and
-# formulas, nor references and appendix; pages are all of them.
-LIMITS = {"ann_homework2": {"words": 2250}, "cosc420_assignment1": {"words": 1750}, "idl_assignment1": {"pages": 10}}
+# formulas, nor references and appendix; pages are all of them, or in LaTeX those before the references.
+LIMITS = {
+    "ann_homework2": {"words": 2250},
+    "cosc420_assignment1": {"words": 1750},
+    "idl_assignment1": {"pages": 10},
+    "minimal_mastery": {"pages": 4},
+}
 SPACE = "\N{NO-BREAK SPACE}"
 UNITS = {"pct": (100, f"{SPACE}%"), "points": (100, f"{SPACE}points"), "deg": (1, "°"), "num": (1, "")}  # factor, sign
 FLOATING = "#figure(placement: auto, image("  # pandoc leaves figures where they are, which tears holes into pages
 CREATED = 1735689600  # seconds since 1970: every PDF claims the same time, or no two builds would be alike
 READER = "markdown-smart"
+MARKDOWN, LATEX = "report.md", "paper.tex.j2"  # the source of a report, in one language or the other
 END_OF_TEXT = "references"  # the heading after which words no longer count
 
 
@@ -205,16 +221,19 @@ class Captions:
             raise UserError(f"two figures or tables are named {name!r}")
         count = 1 + sum(label.startswith(kind) for label in self.seen.values())
         self.seen[name] = f"{kind}{SPACE}{count}"
-        return f"**{self.seen[name]}.**"
+        return self.seen[name]
 
-    def figure(self, name, path, alt, width=100, caller=None):
+    def image(self, path):
         if not (REPORT / "figures" / path).exists():
             raise UserError(f"report/figures/{path} does not exist; run its script with --load")
-        text = f"{self.number('Figure', name)} {' '.join(caller().split())}"
-        return f'\n![{text}](figures/{path}){{width={width}% alt="{alt}"}}\n'
+        return f"figures/{path}"
+
+    def figure(self, name, path, alt, width=100, caller=None):
+        text = f"**{self.number('Figure', name)}.** {' '.join(caller().split())}"
+        return f'\n![{text}]({self.image(path)}){{width={width}% alt="{alt}"}}\n'
 
     def caption(self, name, caller=None):
-        return f"\n: {self.number('Table', name)} {' '.join(caller().split())}\n"
+        return f"\n: **{self.number('Table', name)}.** {' '.join(caller().split())}\n"
 
     def see(self, name):
         self.referred.add(name)
@@ -229,34 +248,79 @@ class Captions:
         self.numbers, self.seen, self.referred = self.seen, {}, set()
 
 
+class LatexCaptions(Captions):
+    """The same in LaTeX, which numbers by itself, except on the page for the web."""
+
+    def __init__(self, web):
+        super().__init__()
+        self.web, self.images = web, set()
+
+    def image(self, path):
+        self.images.add(super().image(path))
+        return f"figures/{path}"
+
+    def caption(self, name, kind="Figure", caller=None):
+        number, text = self.number(kind, name), " ".join(caller().split())
+        return rf"\caption{{\textbf{{{number}.}} {text}}}" if self.web else rf"\caption{{{text}}}\label{{{name}}}"
+
+    def see(self, name):
+        kind, _, number = super().see(name).partition(SPACE)
+        return f"{kind}~{number}" if self.web else rf"{kind}~\ref{{{name}}}"
+
+
 # ------------------------------------------------------------------------------------------------------------- building
+
+
+def sources():
+    """Returns the path of the source of every report: dict from brief to path."""
+    paths = [path for name in (MARKDOWN, LATEX) for path in REPORT.glob(f"*/{name}")]
+    return {path.parent.name: path for path in sorted(paths)}
 
 
 def briefs():
     """Returns the names of all reports."""
-    return sorted(path.parent.name for path in REPORT.glob("*/report.md"))
+    return list(sources())
 
 
-def render(source):
-    """Returns the Markdown for pandoc, with all numbers filled in."""
-    captions = Captions()
-    # Pandoc's {#name} is no comment here.
-    syntax = {"comment_start_string": "<#", "comment_end_string": "#>", "trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **syntax)
-    names = {"figure": captions.figure, "caption": captions.caption, "see": captions.see}
-    template = environment.from_string(source, HELPERS | names)
+def measured(script):
+    return (REPORT / "results" / f"{script}.json").exists()
+
+
+def render(path, web=True):
+    """Returns the text of a source with all numbers filled in, and the paths of its images (set) if it is in LaTeX."""
+    syntax = {"comment_start_string": "<#", "comment_end_string": "#>"}  # pandoc's {#name} is no comment
+    captions, names = Captions(), {}
+    if path.name == LATEX:
+        syntax |= {"variable_start_string": "<<", "variable_end_string": ">>", "finalize": escaped}
+        syntax |= {"block_start_string": "<%", "block_end_string": "%>"}
+        captions = LatexCaptions(web)
+        names = {"image": captions.image, "measured": measured, "web": web}
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(path.parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **syntax,
+    )
+    environment.globals |= HELPERS | names
+    environment.globals |= {"figure": captions.figure, "caption": captions.caption, "see": captions.see}
     for _ in range(2):
-        text = template.render()
+        text = environment.get_template(path.name).render()
         captions.finish_pass()
-    return text
+    return text, getattr(captions, "images", set())
 
 
-def parse(text):
+def escaped(value):
+    """Returns the value of an expression for LaTeX, which must not take the rest of the line for a comment."""
+    return re.sub(r"(?<!\\)%", r"\%", value) if isinstance(value, str) else value
+
+
+def parse(text, reader=READER):
     """Returns pandoc's document (a dict) with citations resolved."""
     options = ["--citeproc", f"--bibliography={REPORT / 'references.bib'}", "--metadata=lang:en-GB"]
     # A table whose lines are short enough gets columns as wide as their content.
     options += ["--columns=9999", "--fail-if-warnings"]
-    return json.loads(pypandoc.convert_text(text, "json", format=READER, extra_args=options))
+    return json.loads(pypandoc.convert_text(text, "json", format=reader, extra_args=options))
 
 
 def write(document, target, **options):
@@ -270,6 +334,13 @@ def metadata(document, name):
     return write({**document, "meta": {}, "blocks": [inlines]}, "plain", wrap="none").strip()
 
 
+def without_formulas(node):
+    """Returns a part of pandoc's document (list, dict or value) without its formulas."""
+    if isinstance(node, list):
+        return [without_formulas(part) for part in node if not (isinstance(part, dict) and part.get("t") == "Math")]
+    return {name: without_formulas(part) for name, part in node.items()} if isinstance(node, dict) else node
+
+
 def count_words(document):
     """Returns the number of words in paragraphs and lists before the references."""
     text = []
@@ -278,13 +349,13 @@ def count_words(document):
             break
         if block["t"] in ("Para", "Plain", "BulletList", "OrderedList", "BlockQuote"):
             text.append(block)
-    plain = write({**document, "meta": {}, "blocks": text}, "plain", wrap="none")
+    plain = write({**document, "meta": {}, "blocks": without_formulas(text)}, "plain", wrap="none")
     return sum(any(character.isalpha() for character in word) for word in plain.split())
 
 
 def markdown(brief, document):
     """Returns the text of `report/<brief>.md`."""
-    note = f"<!-- Made from report/{brief}/report.md by `make reports`; changes belong there. -->"
+    note = f"<!-- Made from report/{brief}/{sources()[brief].name} by `make reports`; changes belong there. -->"
     head = f"# {metadata(document, 'title')}\n\n*{metadata(document, 'subtitle')}* · [PDF]({brief}.pdf)\n"
     return f"{note}\n\n{head}\n{write(document, 'gfm-raw_html', columns=120)}"
 
@@ -299,35 +370,71 @@ def pdf(document):
         raise UserError(f"Typst: {str(error).splitlines()[0]}") from error
 
 
+def web_text(path):
+    """Returns the LaTeX of the page for the web, with formulas that renderers of Markdown know."""
+    text = render(path)[0]
+    return text.replace(r"\begin{equation}", r"\[").replace(r"\end{equation}", r"\]")
+
+
+def latex_files(path):
+    """Returns all that the PDF of a source in LaTeX is made from: dict from path to bytes."""
+    text, images = render(path, web=False)
+    entries = latex.bibliography((REPORT / "references.bib").read_text(), latex.cited(text))
+    files = {latex.MAIN: text.encode(), "references.bib": entries.encode()}
+    files |= {layout.name: layout.read_bytes() for layout in path.parent.glob("*.sty")}
+    return files | {image: (REPORT / image).read_bytes() for image in images}
+
+
+def latex_pdf(path):
+    """Returns the bytes of the PDF of a source in LaTeX: the present one where it is up to date."""
+    files, present = latex_files(path), REPORT / f"{path.parent.name}.pdf"
+    return present.read_bytes() if latex.is_made_from(present, files) else latex.typeset(files, CREATED)
+
+
 def build(brief):
     """Returns the text of the Markdown page, the bytes of the PDF, and what `LIMITS` limits, for one report."""
-    path = REPORT / brief / "report.md"
-    if not path.exists():
-        raise UserError(f"there is no {path.relative_to(REPOSITORY)}; the reports are {', '.join(briefs())}")
+    if brief not in sources():
+        raise UserError(f"there is no report/{brief}/{MARKDOWN}; the reports are {', '.join(briefs())}")
+    path = sources()[brief]
+    place = path.relative_to(REPOSITORY)
     try:
-        document = parse(render(path.read_text()))
+        if path.name == LATEX:
+            document, printed = parse(web_text(path), "latex"), latex_pdf(path)
+        else:
+            document = parse(render(path)[0])
+            printed = pdf(document)
+    except latex.NoLatexError as error:
+        raise type(error)(f"report/{brief}.pdf is older than its source, results or figures, and {error}") from error
     except (jinja2.TemplateError, UserError, RuntimeError) as error:
-        place = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise UserError(f"{path.relative_to(REPOSITORY)}{place}: {' '.join(str(error).split())}") from error
-    printed = pdf(document)
-    sizes = {"words": count_words(document), "pages": len(pypdf.PdfReader(io.BytesIO(printed)).pages)}
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            place = f"{place.with_name(error.name)}, line {error.lineno}"
+        raise UserError(f"{place}: {' '.join(str(error).split())}") from error
+    reader = pypdf.PdfReader(io.BytesIO(printed))
+    pages = latex.pages_of_text(reader) if path.name == LATEX else len(reader.pages)
+    sizes = {"words": count_words(document), "pages": pages}
     for name, limit in LIMITS.get(brief, {}).items():
         if sizes[name] > limit:
-            raise UserError(
-                f"{brief} has {sizes[name]:,} {name}, more than {limit:,}; shorten report/{brief}/report.md"
-            )
+            raise UserError(f"{brief} has {sizes[name]:,} {name}, more than {limit:,}; shorten {place}")
     return markdown(brief, document), printed, sizes
 
 
 def main(names):
+    """Writes the reports of the briefs `names`, or of all; one that lacks LaTeX is skipped and reported last."""
+    skipped = None
     for brief in names or briefs():
-        page, printed, sizes = build(brief)
+        try:
+            page, printed, sizes = build(brief)
+        except latex.NoLatexError as error:
+            skipped = UserError(f"skipped: {error}")
+            continue
         for suffix, content in (("md", page.encode()), ("pdf", printed)):
             path = REPORT / f"{brief}.{suffix}"
             if not path.exists() or path.read_bytes() != content:
                 with replacing(path) as temporary:
                     temporary.write_bytes(content)
         print(f"report/{brief}.pdf, report/{brief}.md: {sizes['words']:,} words of text, {sizes['pages']} pages")
+    if skipped:
+        raise skipped
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import sys
 
 import pypdf
@@ -13,6 +14,7 @@ from common.errors import UserError
 
 sys.path.insert(0, str(REPOSITORY / "report"))
 reports = importlib.import_module("build_reports")
+latex = importlib.import_module("latex")
 
 BRIEFS = reports.briefs()
 FONT_FILES = ("/FontFile", "/FontFile2", "/FontFile3")
@@ -51,7 +53,7 @@ def fonts(page):
 def test_pdfs_have_text_references_and_embedded_fonts(brief):
     reader = pypdf.PdfReader(REPOSITORY / "report" / f"{brief}.pdf")
     texts = [page.extract_text() for page in reader.pages]
-    assert any("References" in text for text in texts)
+    assert any("references" in "".join(text.split()).lower() for text in texts)  # small capitals come in pieces
     assert sum(len(text.split()) for text in texts) > 1000
     descriptors = [descriptor for page in reader.pages for descriptor in fonts(page)]
     assert descriptors
@@ -83,6 +85,7 @@ def draft(tmp_path, monkeypatch):
         (tmp_path / "report/draft/report.md").write_text(f"---\ntitle: A title\nsubtitle: Below\n---\n\n{text}")
         return reports.build("draft")
 
+    build.report = tmp_path / "report"
     yield build
     reports.read.cache_clear()
 
@@ -157,6 +160,169 @@ def test_limits_stop_the_build(draft, monkeypatch, limit):
     draft("Four words of text.\n\n| a | table |\n|---|---|\n| has | none |\n")
     with pytest.raises(UserError, match=f"draft has . {next(iter(limit))}, more than"):
         draft("Five words are too many.\n\n```{=typst}\n#pagebreak()\n```\n\nMore.")
+
+
+# --------------------------------------------------------------------------------------------------------------- LaTeX
+
+PAPER = r"""\documentclass{article}
+\usepackage[utf8]{inputenc}
+\usepackage{conference, graphicx}
+\title{A title}
+\subtitle{Below}
+\author{Nobody}
+\begin{document}
+\maketitle
+<% import "half.tex.j2" as half with context %>
+TEXT << half.text() >>
+<% if web %>
+\section*{References}
+<% else %>
+\hypertarget{end-of-text}{}
+\bibliography{references}
+<% endif %>
+\end{document}
+"""
+TEXT = r"""Accuracy << pct(results("net").test.accuracy, 2) >> with more text \citep{liu2022}, see << see("dot") >>.
+<% if measured("net") %>Measured.<% endif %><% if measured("other") %>Not measured.<% endif %>
+
+\begin{equation} a = b \end{equation}
+\begin{figure}
+\includegraphics[width=1cm]{<< image("dot.png") >>}
+<% call caption("dot") %>A
+caption.<% endcall %>
+\end{figure}"""
+needs_latex = pytest.mark.skipif(not shutil.which("latexmk"), reason="LaTeX is not installed")
+
+
+@pytest.fixture
+def paper(draft):
+    """Makes a report of LaTeX like `draft`; returns a function."""
+    folder = draft.report / "draft"
+    layout = "report/minimal_mastery/conference.sty"
+    (folder / "conference.sty").write_text((REPOSITORY / layout).read_text())
+    (folder / "half.tex.j2").write_text(
+        r"<% macro text() %>Also << num(results('net').test.accuracy, 1) >>.<% endmacro %>"
+    )
+
+    def build(text=TEXT):
+        reports.read.cache_clear()
+        (folder / "paper.tex.j2").write_text(PAPER.replace("TEXT", text))
+        return reports.build("draft")
+
+    build.report, build.pdf = draft.report, draft.report / "draft.pdf"
+    return build
+
+
+@pytest.fixture
+def without_latex(monkeypatch):
+    monkeypatch.setattr(latex.shutil, "which", lambda program: None)
+
+
+@needs_latex
+def test_a_paper_has_numbers_citations_and_figures_filled_in(paper, tmp_path):
+    page, printed, sizes = paper()
+    space = reports.SPACE
+    assert f"Accuracy 98.77{space}% with more text (Liu et al. 2022), see Figure{space}1. Measured." in page
+    assert "Not measured" not in page
+    assert "Also 1.0." in page
+    assert f"**Figure{space}1.** A caption." in page
+    assert "](figures/dot.png)" in page
+    assert "\n``` math\na = b\n```\n" in page
+    assert "A ConvNet for the 2020s" in " ".join(page.split())
+    assert sizes["pages"] == 1
+    paper.pdf.write_bytes(printed)
+    (printed_page,) = pypdf.PdfReader(paper.pdf).pages
+    text = " ".join(printed_page.extract_text().split())
+    assert re.search(r"98\.77 ?% with more text \(Liu et al\., 2022\), see Figure 1\. Measured", text)
+    assert "Figure 1: A caption." in text
+    assert printed_page.mediabox.upper_right == (612, 792)  # US letter
+
+
+@needs_latex
+def test_two_papers_have_the_same_bytes(paper):
+    assert paper() == paper()
+
+
+@needs_latex
+def test_pages_before_the_references_are_limited(paper, monkeypatch):
+    monkeypatch.setitem(reports.LIMITS, "draft", {"pages": 1})
+    references = r"\citep{liu2022} \enlargethispage{-8in}"  # which leaves no place for them
+    *_, sizes = paper(f"One page. {references}")
+    assert sizes["pages"] == 1
+    with pytest.raises(UserError, match=r"draft has 2 pages, more than 1; shorten report/draft/paper.tex.j2"):
+        paper(r"One page. \newpage Two pages. \citep{liu2022}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('<< pct(results("net").test.acuracy) >>', "net/test has no 'acuracy'; it has 'accuracy', 'loss'"),
+        ("\n<% if %>", "paper.tex.j2, line 11: Expected an expression"),
+        (r"\citep{liu2022, nobody2020}", "nobody2020"),
+        ('<< see("dots") >>', "no figure or table named dots"),
+        ('<< image("line.png") >>', "report/figures/line.png does not exist"),
+        pytest.param(r"\citep{liu2022} \nonsense", "LaTeX: Undefined control sequence. (line 9 of", marks=needs_latex),
+        pytest.param(r"\citep{liu2022} $\ref{dots}$", "LaTeX: there is no reference dots", marks=needs_latex),
+    ],
+)
+def test_mistakes_in_a_paper_are_one_line_that_says_where(paper, text, message):
+    with pytest.raises(UserError) as error:
+        paper(text)
+    assert str(error.value).startswith("report/draft/paper.tex.j2")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_paper_needs_latex_where_it_has_changed(paper, without_latex):
+    with pytest.raises(UserError) as error:
+        paper()
+    assert str(error.value) == (
+        "report/draft.pdf is older than its source, results or figures, and LaTeX is missing; "
+        "install it (apt-get install latexmk texlive-latex-extra texlive-fonts-recommended) or keep the committed PDF"
+    )
+
+
+@needs_latex
+def test_a_paper_that_is_up_to_date_is_kept_without_latex(paper, monkeypatch):
+    _, printed, _ = paper()
+    paper.pdf.write_bytes(printed)
+    monkeypatch.setattr(latex.shutil, "which", lambda program: None)
+    assert paper()[1] == printed
+    for path, old, new in (
+        ("results/net.json", "0.98765", "0.98665"),
+        ("references.bib", "A {ConvNet} for the 2020s", "A {ConvNet} for the 2030s"),
+        ("draft/conference.sty", "9in", "8in"),
+    ):
+        text = (paper.report / path).read_text()
+        (paper.report / path).write_text(text.replace(old, new))
+        with pytest.raises(UserError, match="older than its source"):
+            paper()
+        (paper.report / path).write_text(text)
+    (paper.report / "references.bib").write_text((paper.report / "references.bib").read_text() + "\n@misc{new,\n}\n")
+    assert paper()[1] == printed  # which does not cite it
+    paper.pdf.write_bytes(b"not a PDF")
+    with pytest.raises(UserError, match="older than its source"):
+        paper()
+
+
+def test_the_others_are_built_where_latex_is_missing(paper, without_latex, capsys):
+    with pytest.raises(UserError):
+        paper()
+    other = paper.report / "other" / "report.md"
+    other.parent.mkdir()
+    other.write_text("---\ntitle: A title\nsubtitle: Below\n---\n\nSome text.\n" + REFERENCES)
+    (paper.report / "draft" / "report.md").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"skipped: report/draft.pdf is older than .* LaTeX is missing; install it"):
+        reports.main([])
+    assert (paper.report / "other.pdf").exists()
+    assert not paper.pdf.exists()
+    assert "report/other.pdf, report/other.md: 2 words of text, 1 pages" in capsys.readouterr().out
+
+
+def test_the_half_that_is_not_trained_says_so():
+    text, _ = reports.render(REPOSITORY / "report/minimal_mastery/paper.tex.j2")
+    assert ("not trained yet" in text) != reports.measured("cifar100_generator")
+    assert "Total penalty expected: 0." in text
 
 
 def test_an_unknown_brief_names_the_known_ones():
