@@ -1,5 +1,6 @@
 """Every number in README.md and the index of the saved models is the measured one."""
 
+import json
 import re
 import sys
 
@@ -24,12 +25,21 @@ def test_the_readme_table_has_one_row_per_script_and_no_number_of_its_own():
         assert not re.search(r"\d", numbers.NUMBER.sub("", ours))
 
 
-def test_numbers_are_filled_in_and_wrong_ones_found(monkeypatch):
+def test_numbers_are_filled_in_and_wrong_ones_found(monkeypatch, tmp_path):
     monkeypatch.setattr(numbers, "lookup", lambda file, path: {("net", "test/accuracy"): 0.98765}[file, path])
     monkeypatch.setattr(numbers, "ROWS", {"net": ("task", "accuracy", "{test/accuracy *100 .2f} %", "none")})
-    text = f"before\n{numbers.TABLE_START}\n| 1.00 % |\n{numbers.TABLE_END}\nafter"
+    bench = {"hardware": "a CPU", "precision": "float32", "backend": "jax", "scripts": {}}
+    bench["scripts"]["net"] = {"model": "wide", "images_per_second": 1234.5, "ratio": 1.006}
+    bench["scripts"]["net"] |= {"load_seconds": 7.6, "load_megabytes": 1940, "sampling_seconds": 12.4}
+    bench["scripts"]["other"] = {"load_seconds": 5, "load_megabytes": 480}
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    monkeypatch.setattr(numbers, "RESULTS", tmp_path)
+    tables = [f"{start}\n| 1.00 % |\n{end}" for start, end in (numbers.RESULTS_MARKERS, numbers.BENCH_MARKERS)]
+    text = f"before\n{tables[0]}\nbetween\n{tables[1]}\nafter"
     filled = numbers.fill_readme(text)
     assert "| task | accuracy | 98.77 % | none | `python net.py --load` |" in filled
+    assert "| `net.py` | `wide` | 1,234 | 1.01 | 8 s | 1.9 GB | 12 s |" in filled
+    assert "| `other.py` |  |  |  | 5 s | 0.5 GB |  |\n\na CPU, float32, jax.\n" in filled
     assert (filled.startswith("before\n"), filled.endswith("\nafter"), "1.00" in filled) == (True, True, False)
     assert numbers.fill_readme(filled) == filled
 
