@@ -1,4 +1,4 @@
-"""Speed and memory of every script, in one run: `make bench`. Writes report/results/bench.json.
+"""Speed and memory of every script: `make bench`. Writes report/results/bench.json, or with --model one row of it.
 
 - Training: images per second as `--train` feeds its model (`common.training.fit`), beside a bare `model.fit` of the
   same model, augmentation included, on the same arrays with the defaults of Keras. They take turns, because other work
@@ -25,7 +25,7 @@ import importlib
 import keras
 
 from common import cli, training
-from common.files import write_json
+from common.files import read_json, write_json
 from common.models import conditions
 
 REPOSITORY = cli.REPOSITORY
@@ -76,12 +76,13 @@ def epochs(script, model, arguments):
     for is_bare in (True, False):
         compiled, inputs, targets, config = capture(script, model, arguments)
         count = BATCHES * config.batch_size
-        inputs, targets = keras.tree.map_structure(lambda array, count=count: array[:count], (inputs, targets))
+        arrays = (inputs,) if targets is None else (inputs, targets)
+        arrays = keras.tree.map_structure(lambda array, count=count: array[:count], arrays)
         if is_bare:
             compiled.steps_per_execution = 1
-            options = {"x": inputs, "y": targets, "batch_size": config.batch_size}
+            options = dict(zip("xy", arrays, strict=False), batch_size=config.batch_size)
         else:
-            batches = training.Batches((inputs,) if targets is None else (inputs, targets), config.batch_size, seed=0)
+            batches = training.Batches(arrays, config.batch_size, seed=0)
             callbacks = [training.KeepMemory(), keras.callbacks.TerminateOnNaN(), training.EpochSeeds(batches)]
             options = {"x": batches, "shuffle": False, "callbacks": callbacks}
         functions.append(lambda compiled=compiled, options=options: compiled.fit(**options, verbose=0))
@@ -115,7 +116,8 @@ def measure_process(*command):
 
 def main(argv=None):
     arguments = cli.parse(cli.parser(__doc__, list(SCRIPTS)), ["--train", *(sys.argv[1:] if argv is None else argv)])
-    measured = {}
+    path = REPOSITORY / "report" / "results" / "bench.json"
+    measured = read_json(path, "delete it")["scripts"] if arguments.model and path.exists() else {}
     for script in [arguments.model] if arguments.model else SCRIPTS:
         found = measure_training(script, SCRIPTS[script], arguments) if SCRIPTS[script] else {}
         keras.utils.clear_session()
@@ -129,8 +131,7 @@ def main(argv=None):
             name: value if isinstance(value, str) else float(f"{value:.4g}") for name, value in found.items()
         }
         print(script, json.dumps(measured[script]), flush=True)
-    if not arguments.model:
-        write_json(REPOSITORY / "report" / "results" / "bench.json", {**conditions(), "scripts": measured})
+        write_json(path, {**conditions(), "scripts": {name: measured[name] for name in SCRIPTS if name in measured}})
 
 
 if __name__ == "__main__":
