@@ -440,7 +440,7 @@ def train_network(config, parts, seed, *, folder, resume):
         resume=resume,
         precision=precision,
         validation_data=validation and (validation.images, representation.encode(validation.minutes)),
-        callbacks=[ValidationError(config.representation, validation)] if validation else [],
+        callbacks=[ValidationError(config.representation, training.divisible(validation))] if validation else [],
     )
     full_precision = build_network(config)
     models.set_weights(full_precision, network.get_weights())
@@ -463,7 +463,7 @@ def train(arguments):
         parts = {**parts, "sample": sample}
         counts = {part: len(split.images) for part, split in parts.items()}
         metrics = {
-            part: measure(read_clocks(network, images, config.representation), minutes)
+            part: measure(read_clocks(models.for_prediction(network, 0), images, config.representation), minutes)
             for part, (images, minutes) in parts.items()
         }
         card = models.card(

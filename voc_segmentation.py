@@ -315,7 +315,7 @@ def train_network(config, parts, seed, folder, resume):
     model = SegmentationModel(inputs, (network(augmented), masks), LOSSES[config.loss])
     schedule = training.cosine_schedule(config.learning_rate, steps)
     model.compile(keras.optimizers.AdamW(schedule, weight_decay=1e-3), **training.compile_options(steps))
-    best = BestEpoch(network, parts["validation"], folder / "best")
+    best = BestEpoch(network, training.divisible(parts["validation"]), folder / "best")
     data = {"images": examples.images, "masks": examples.masks}
     curves, seconds = training.fit(
         model, data, None, config=config, seed=seed, folder=folder, resume=resume, precision=precision, callbacks=[best]

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import os
 import shlex
@@ -46,6 +47,8 @@ def parser(description, models):
     flags.add_argument("--batch-size", type=positive, metavar="N", help="examples per optimisation step")
     flags.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of everything random (default: 0)")
     flags.add_argument("--resume", action="store_true", help="resume a stopped training run from its last checkpoint")
+    shared = "with --train: share every batch out among so many devices (default: 1)"
+    flags.add_argument("--devices", type=number(int, 1, 1024), default=1, metavar="N", help=shared)
     flags.add_argument("--record", action="store_true", help="with --load: write the measured numbers down (authors)")
     folder, data_dir = {"type": Path, "metavar": "DIR"}, Path(os.environ.get("DATA_DIR", REPOSITORY / "data"))
     kept = "where datasets are kept (default: $DATA_DIR, else data)"
@@ -53,6 +56,8 @@ def parser(description, models):
     written = "where everything is written, and models are looked for first (default: the repository; "
     written += "runs/quick with --quick, runs/sample with --sample)"
     flags.add_argument("--output-dir", **folder, help=written)
+    logged = "with --train: where learning curves and figures go for TensorBoard, too"
+    flags.add_argument("--logdir", **folder, help=logged)
     return flags
 
 
@@ -67,6 +72,11 @@ def parse(flags, argv=None):
         arguments.output_dir = (REPOSITORY / folder).resolve()
     if arguments.resume and arguments.load:
         raise UserError("--resume continues a training run, but --load never trains; leave one of them out")
+    for flag, given in (("--devices", arguments.devices > 1), ("--logdir", arguments.logdir is not None)):
+        if given and not arguments.train:
+            raise UserError(f"{flag} is about the training runs of --train; add --train or leave it out")
+    if arguments.logdir and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--logdir needs TensorBoard; install it with: pip install tensorboard==2.21.0")
     if arguments.record and not arguments.load:
         raise UserError("--record writes down what --load measures; add --load or leave it out")
     if arguments.record and arguments.quick:
@@ -74,7 +84,8 @@ def parse(flags, argv=None):
     if arguments.data_dir.exists() and not arguments.data_dir.is_dir():
         raise UserError(f"--data-dir {arguments.data_dir} is a file; name the folder that holds the datasets")
     arguments.command = shlex.join(["python", flags.prog, *(sys.argv[1:] if argv is None else map(str, argv))])
-    check_writable(arguments.output_dir)
+    for folder in filter(None, (arguments.output_dir, arguments.logdir)):
+        check_writable(folder)
     for folder in ("saved_models", "report", f"runs/{Path(flags.prog).stem}"):
         remove_leftovers(arguments.output_dir / folder)
     return arguments

@@ -16,7 +16,7 @@ import numpy as np
 from common.cli import REPOSITORY
 from common.errors import UserError, reason
 from common.files import H5PY_ERRORS, read_json, replacing, sha256, write_json
-from common.training import count_steps, fast_precision
+from common.training import RUN, count_steps, fast_precision, num_devices
 
 FEW_IMAGES = 500  # from so many on, predictions are worth the preparation of a faster network
 PACKAGES = ("keras", "tensorflow", "jax", "numpy", "scikit-learn")
@@ -217,15 +217,15 @@ def for_prediction(model, num_images=FEW_IMAGES):
     """Returns a copy of a float32 `model` whose convolutions compute as `fast_precision` says; weights stay float32.
 
     Predictions differ by rounding, in about the third digit, which would show in metrics on fewer than `FEW_IMAGES`:
-    for those it is `model` itself.
+    for those it is `model` itself, or a copy on the devices in use where it was built on others.
     """
-    precision = fast_precision()
-    if num_images < FEW_IMAGES or precision == "float32":
+    precision = fast_precision() if num_images >= FEW_IMAGES else "float32"
+    if precision == "float32" and num_devices(model) == RUN.get()[0]:
         return model
 
     def copy(layer):
         config = layer.get_config()
-        if isinstance(layer, keras.layers.Conv2D):
+        if isinstance(layer, keras.layers.Conv2D) and precision != "float32":
             config["dtype"] = precision
         return type(layer).from_config(config)
 

@@ -12,6 +12,7 @@ from common.cli import REPOSITORY
 from common.errors import UserError, reason
 from common.files import read_json, replacing, write_json
 from common.models import conditions, read_card
+from common.training import running
 
 EXACT, ROUNDED, FEW_IMAGES = 5e-5, 0.005, 0.02  # tolerances, relative to the recorded value where that exceeds 1
 START_OVER = "move it away to start the experiments over"
@@ -20,13 +21,16 @@ START_OVER = "move it away to start the experiments over"
 def training_runs(script, arguments, models, num_seeds):
     """Yields (model, seed, folder of the checkpoints) for every training run, and says which one it is.
 
-    `num_seeds` is a dict from model to its number of seeds; there is one with `--quick`.
+    `num_seeds` is a dict from model to its number of seeds; there is one with `--quick`. Until the next one is asked
+    for, models are built on `--devices`, and `training.fit` logs to `--logdir`.
     """
     seeds = {model: 1 if arguments.quick else num_seeds[model] for model in models}
     runs = [(model, arguments.seed + number) for model in models for number in range(seeds[model])]
     for number, (model, seed) in enumerate(runs, start=1):
         print(f"\n{model}, seed {seed} (training run {number} of {len(runs)})")
-        yield model, seed, arguments.output_dir / "runs" / script / f"{model}_seed_{seed}"
+        folder = arguments.output_dir / "runs" / script / f"{model}_seed_{seed}"
+        with running(arguments.devices, arguments.logdir, folder.parent):
+            yield model, seed, folder
 
 
 def optional_module(kind, script):
@@ -82,7 +86,7 @@ def _checksums_of(part, sha256):
 def conclude(script, arguments, rows, written):
     """Prints the table of `rows` (see `compare`) and the files in `written`; returns the exit code, 1 on disagreement.
 
-    The rows also go to `<output_dir>/runs/<script>/verification.json`.
+    The rows also go to `<output_dir>/runs/<script>/verification.json`, and figures to `--logdir`.
     """
     print()
     table = [("model", "metric", "measured  recorded")]
@@ -99,6 +103,13 @@ def conclude(script, arguments, rows, written):
     path = arguments.output_dir / "runs" / script / "verification.json"
     write_json(path, {"script": f"{script}.py", "command": arguments.command, "rows": rows})
     print("\nwrote", *written, path, sep="\n  ")
+    if arguments.logdir:
+        import tensorflow as tf
+
+        figures = {Path(each).stem: Path(each).read_bytes() for each in written if Path(each).suffix == ".png"}
+        with tf.summary.create_file_writer(str(arguments.logdir / script)).as_default():
+            for name, png in figures.items():
+                tf.summary.image(name, tf.io.decode_png(png, channels=3)[None], step=0)
     return int(any(row["agrees"] is False for row in rows))
 
 

@@ -21,6 +21,8 @@ if _backend not in BACKENDS or importlib.util.find_spec(_backend) is None:
     _way_out = "set KERAS_BACKEND to tensorflow or jax"
     print(f"error: the Keras backend {_backend!r} {_trouble}; {_way_out}", file=sys.stderr)
     sys.exit(2)
+if _backend == "jax":  # TensorFlow, which writes logs, would otherwise take all memory of a GPU
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 _handler = signal.getsignal(signal.SIGINT)
 _main_thread = threading.current_thread() is threading.main_thread()  # only that one may set handlers
 with silent_stderr() as _screen:

@@ -1,8 +1,10 @@
 """Training that survives being killed, and resumes as if it had never stopped."""
 
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -17,7 +19,9 @@ from common.files import H5PY_ERRORS, read_json, replacing, write_json
 
 STEPS_PER_EXECUTION = 16  # optimisation steps between two returns to Python, which otherwise cost a tenth of the time
 DRAWS_PER_EPOCH = 1_000_000  # more random draws than a layer makes in one epoch
+SEEDS_PER_DEVICE = 1_000_003  # more than the layers of a model that draw
 COUNTERS = ("best", "wait", "cooldown_counter")  # of Keras' callbacks that watch a metric
+RUN = contextvars.ContextVar("run", default=(1, None, None))  # what `running` was given
 MALLOPT = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; other C libraries have none
 
 
@@ -29,20 +33,22 @@ class Batches(keras.utils.PyDataset):
     """Batches of arrays in an order that depends on the seed and the epoch alone.
 
     Keras' own shuffling continues a random stream, which a resumed process cannot rejoin. `arrays` is a tuple of
-    `inputs` or `(inputs, targets)`, each an array or a dict of arrays.
+    `inputs` or `(inputs, targets)`, each an array or a dict of arrays. The number of examples in an epoch is a multiple
+    of `devices`: a few are left out, others in every epoch.
     """
 
-    def __init__(self, arrays, batch_size, seed):
+    def __init__(self, arrays, batch_size, seed, devices=1):
         super().__init__()
-        self.arrays, self.batch_size, self.seed = arrays, batch_size, seed
+        self.arrays, self.batch_size, self.seed, self.devices = arrays, batch_size, seed, devices
         self.num_examples = len(keras.tree.flatten(arrays)[0])
         self.shuffle(0)
 
     def shuffle(self, epoch):
-        self.order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+        self.order = order[: self.num_examples // self.devices * self.devices]
 
     def __len__(self):
-        return math.ceil(self.num_examples / self.batch_size)
+        return math.ceil(len(self.order) / self.batch_size)
 
     def __getitem__(self, number):
         chosen = self.order[number * self.batch_size : (number + 1) * self.batch_size]
@@ -60,7 +66,10 @@ class EpochSeeds(keras.callbacks.Callback):
         self.batches.shuffle(epoch)
         states = [variable for variable in self.model.variables if variable.name == "seed_generator_state"]
         for number, state in enumerate(states):
-            state.assign(np.array([self.batches.seed + number, epoch * DRAWS_PER_EPOCH % 2**32], "uint32"))
+            # Mirrored by TensorFlow, a state is one on each device, which may differ. JAX draws for the whole batch.
+            for device, part in enumerate(getattr(state.value, "values", [state])):
+                numbers = self.batches.seed + number + device * SEEDS_PER_DEVICE, epoch * DRAWS_PER_EPOCH
+                part.assign((np.array(numbers) % 2**32).astype("uint32"))
 
 
 class KeepMemory(keras.callbacks.Callback):
@@ -166,25 +175,38 @@ def fit(model, inputs, targets, *, config, seed, folder, resume, precision="floa
     Returns the learning curves, a dict from metric name to one float per epoch, and the seconds of all epochs. Raises
     `Diverged` where the loss is no longer finite, and `UserError` where the checkpoint cannot be used.
     """
-    folder = Path(folder)
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    checkpoint = Checkpoint(folder, {**dataclasses.asdict(config), "seed": seed, "precision": precision}, callbacks)
+    folder, (devices, logdir, root) = Path(folder), RUN.get()
+    logs = logdir and logdir / folder.relative_to(root)
+    if config.batch_size % devices:
+        raise UserError(
+            f"a batch of {config.batch_size} cannot be shared out among {devices} devices; change --batch-size"
+        )
+    for old in [] if resume else filter(None, (folder, logs)):
+        shutil.rmtree(old, ignore_errors=True)
+    settings = {**dataclasses.asdict(config), "seed": seed, "precision": precision}
+    settings |= {"devices": devices} if devices > 1 else {}
+    checkpoint = Checkpoint(folder, settings, callbacks)
+    if logs:
+        callbacks = [*callbacks, keras.callbacks.TensorBoard(logs, write_graph=False)]
     _create_variables(model, inputs, targets)
     checkpoint.restore(model)
     if checkpoint.epoch:
         print(f"resuming after epoch {checkpoint.epoch} of {config.epochs}")
     if checkpoint.epoch < config.epochs and not checkpoint.stopped:
-        batches = Batches((inputs,) if targets is None else (inputs, targets), config.batch_size, seed)
-        model.fit(
-            batches,
-            initial_epoch=checkpoint.epoch,
-            epochs=config.epochs,
-            shuffle=False,  # the batches are shuffled already
-            validation_batch_size=config.batch_size,
-            callbacks=[KeepMemory(), keras.callbacks.TerminateOnNaN(), EpochSeeds(batches), *callbacks, checkpoint],
-            **keywords,
-        )
+        batches = Batches((inputs,) if targets is None else (inputs, targets), config.batch_size, seed, devices)
+        if keywords.get("validation_data"):
+            keywords["validation_data"] = divisible(keywords["validation_data"])
+        standard = [KeepMemory(), keras.callbacks.TerminateOnNaN(), EpochSeeds(batches)]
+        with _sharing_out(model, devices) as more:
+            model.fit(
+                batches,
+                initial_epoch=checkpoint.epoch,
+                epochs=config.epochs,
+                shuffle=False,  # the batches are shuffled already
+                validation_batch_size=config.batch_size,
+                callbacks=[*standard, *more, *callbacks, checkpoint],
+                **keywords,
+            )
     if not np.isfinite(checkpoint.history["loss"][-1]) or not (checkpoint.stopped or checkpoint.epoch == config.epochs):
         raise Diverged("the loss is no longer a finite number; lower the learning rate or try another --seed")
     return checkpoint.history, checkpoint.seconds
@@ -257,12 +279,107 @@ def computing_in(precision):
         keras.config.set_dtype_policy(policy)
 
 
+class ShareOfBatch(keras.distribution.DataParallel):
+    """Shares out a batch under JAX in training alone: those of other data may not be multiples of the devices."""
+
+    is_training = False
+
+    def get_data_layout(self, data_shape):
+        layout = super().get_data_layout(data_shape)
+        axes = layout.axes if self.is_training else [None] * len(data_shape)
+        return keras.distribution.TensorLayout(axes, layout.device_mesh)
+
+
+@functools.cache  # the collective operations of a second one in the process would have the same numbers
+def _mirrored_strategy(*names):
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(names)
+
+
+def num_devices(model):
+    """Returns the number of devices that `model` predicts on; TensorFlow fails where one is left without examples."""
+    if keras.backend.backend() == "jax":
+        return len(model.weights[0].value.devices()) if model.weights else 1
+    return model.distribute_strategy.num_replicas_in_sync
+
+
+@contextlib.contextmanager
+def running(devices, logdir, root):
+    """While it is entered, models are built on several devices, and `fit` gives each a share of every batch.
+
+    Where `logdir` is not None, `fit` with a folder in `root` writes its curves for TensorBoard to the same one there.
+    """
+    names, scope = keras.distribution.list_devices(), contextlib.nullcontext()
+    if devices > len(names):
+        raise UserError(f"--devices {devices} is more than there are: {', '.join(names)}")
+    if devices > 1:
+        names = [name.upper() if keras.backend.backend() == "tensorflow" else name for name in names[:devices]]
+        scope = (
+            ShareOfBatch(devices=names) if keras.backend.backend() == "jax" else _mirrored_strategy(*names)
+        ).scope()
+    token = RUN.set((devices, logdir, root))
+    try:
+        with scope:
+            yield
+    finally:
+        RUN.reset(token)
+
+
+def divisible(arrays):
+    """Returns the first examples in any structure of arrays: a multiple of the devices, as TensorFlow needs it.
+
+    Where there are fewer examples than devices, they are repeated.
+    """
+    devices = RUN.get()[0] if keras.backend.backend() == "tensorflow" else 1
+
+    def part(array):
+        count = max(len(array) // devices, 1) * devices
+        return array[:count] if count <= len(array) else array[np.arange(count) % len(array)]
+
+    return keras.tree.map_structure(part, arrays)
+
+
+@contextlib.contextmanager
+def _sharing_out(model, devices):
+    """While it is entered, training on several devices equals that on one, but for rounding and random numbers.
+
+    Yields the callbacks that JAX needs. Under TensorFlow each device would normalise its share of a batch by itself,
+    and a loss of the model's own would count once for every device, since their gradients are added up.
+    """
+    if devices == 1 or keras.backend.backend() == "jax":
+        share = functools.partial(setattr, keras.distribution.distribution(), "is_training")
+        starts, ends = (lambda *_, value=value, **__: share(value) for value in (True, False))
+        toggle = keras.callbacks.LambdaCallback(on_epoch_begin=starts, on_epoch_end=ends, on_test_begin=ends)
+        yield [toggle] if devices > 1 else []
+        return
+    normalizations = [layer for layer in _layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
+    own_loss = model.compute_loss if type(model).compute_loss is not keras.Model.compute_loss else None
+    for layer in normalizations:
+        layer.synchronized = True
+    if own_loss:
+        model.compute_loss = lambda *inputs, **options: own_loss(*inputs, **options) / devices
+    try:
+        yield []
+    finally:
+        for layer in normalizations:
+            layer.synchronized = False
+        if own_loss:
+            del model.compute_loss
+
+
+def _layers(layer):
+    for part in getattr(layer, "layers", ()):
+        yield from (part, *_layers(part))
+
+
 def compile_options(steps):
     """Returns the arguments of `keras.Model.compile` that make a training run of `steps` steps fastest."""
+    mirrored = keras.backend.backend() == "tensorflow" and RUN.get()[0] > 1  # Keras' loop then fails
     return {
         # XLA's convolutions are slower than oneDNN's on a CPU under TensorFlow. Under JAX every step is compiled,
         # unless the `supports_jit` of a layer says no; Keras then only warns.
         "jit_compile": keras.backend.backend() == "jax",
         # A loop takes longer to compile than a single step, which a short training run never earns back.
-        "steps_per_execution": STEPS_PER_EXECUTION if steps >= STEPS_PER_EXECUTION else 1,
+        "steps_per_execution": STEPS_PER_EXECUTION if steps >= STEPS_PER_EXECUTION and not mirrored else 1,
     }

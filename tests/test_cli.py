@@ -53,6 +53,9 @@ def test_data_dir_comes_from_the_environment(monkeypatch, tmp_path):
         (["--train", "--model", "medium"], "invalid choice: 'medium'"),
         (["--train", "--seed", "-1"], "'-1' is not a whole number from 0 to 4294967295"),
         (["--load", "--resume"], "--load never trains"),
+        (["--train", "--devices", "0"], "'0' is not a whole number from 1 to"),
+        (["--load", "--devices", "2"], "--devices is about the training runs of --train"),
+        (["--experiments", "--logdir", "logs"], "--logdir is about the training runs of --train"),
         (["--train", "--record"], "--record writes down what --load measures"),
         (["--load", "--record", "--quick"], "--quick measures a few images only"),
     ],
@@ -60,6 +63,12 @@ def test_data_dir_comes_from_the_environment(monkeypatch, tmp_path):
 def test_a_wrong_command_line_is_a_user_error(argv, message):
     with pytest.raises(cli.UserError, match=message.replace("(", r"\(")):
         cli.parse(flags(), argv)
+
+
+def test_logdir_without_tensorboard_says_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(cli.UserError, match="pip install tensorboard"):
+        cli.parse(flags(), ["--train", "--logdir", str(tmp_path)])
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-0.1", "20.1", "much"])

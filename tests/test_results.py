@@ -7,15 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPOSITORY
+from PIL import Image
 
 from common import models, results
 from common.errors import UserError
 
 
 def arguments(folder, **changes):
-    return argparse.Namespace(
-        **{"output_dir": folder, "seed": 3, "quick": False, "model": None, "command": "x"} | changes
-    )
+    flags = {"seed": 3, "quick": False, "model": None, "devices": 1, "logdir": None}
+    return argparse.Namespace(**{"output_dir": folder, "command": "x"} | flags | changes)
 
 
 def card(**fields):
@@ -205,3 +205,15 @@ def test_groups_are_compared_with_their_first_member():
     assert compared["first"]["a"]["seconds"] == 2.0
     assert compared["first"]["b"]["difference"] == pytest.approx(0.4)
     assert compared["first"]["b"]["pairs"] == 1
+
+
+def test_figures_go_to_the_log_folder_too(tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "curves.png")
+    written = [tmp_path / "curves.png", tmp_path / "results.json"]
+    results.conclude("script", arguments(tmp_path, logdir=tmp_path / "logs"), [], written)
+    events = accumulators.EventAccumulator(str(tmp_path / "logs" / "script")).Reload()
+    assert events.Tags()["tensors"] == ["curves"]
+    width, height, png = events.Tensors("curves")[0].tensor_proto.string_val
+    assert (width, height) == (b"4", b"3")
+    assert png.startswith(b"\x89PNG")

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -13,9 +14,9 @@ import time
 import keras
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import QUICK_COMPILATION, REPOSITORY, run_elsewhere
 
-from common import training
+from common import models, training
 from common.errors import UserError
 
 INPUTS = np.random.default_rng(0).normal(size=(70, 3)).astype("float32")
@@ -89,6 +90,126 @@ print(resumed == curves and all(np.array_equal(*pair) for pair in zip(weights, e
     environment = {**os.environ, "KERAS_BACKEND": "jax"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.split()[-1] == "True", done.stderr
+
+
+class OwnLoss(keras.Model):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return keras.ops.mean(keras.ops.square(y - y_pred))
+
+
+def normalized_model(kind=keras.Model):
+    """A model whose training depends on the order and on the statistics of whole batches; nothing else is random."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    features = keras.layers.BatchNormalization()(keras.layers.Dense(4, kernel_initializer="he_normal")(inputs))
+    model = kind(inputs, keras.layers.Dense(1)(keras.layers.ReLU()(features)))
+    own = kind is OwnLoss
+    model.compile(keras.optimizers.SGD(0.01, 0.9), None if own else "mse", **training.compile_options(100))
+    return model
+
+
+class PredictAll(keras.callbacks.Callback):
+    """Predicts between two epochs, as callbacks of some scripts do."""
+
+    def on_epoch_end(self, epoch, logs):
+        logs["predicted"] = float(np.mean(self.model.predict(training.divisible(INPUTS[:33]), verbose=0)[:32]))
+
+
+def draws_of_each_device():
+    """Returns what a layer draws on each of two devices, two times one after the other, under TensorFlow."""
+    import tensorflow as tf
+
+    seeds, model = training.EpochSeeds(training.Batches((INPUTS,), 16, seed=0, devices=2)), small_model()
+    seeds.set_model(model)
+    seeds.on_epoch_begin(1)
+    (noise,) = (layer for layer in model.layers if isinstance(layer, keras.layers.GaussianNoise))
+    strategy = tf.distribute.get_strategy()
+
+    def draw():
+        return keras.random.normal((), seed=noise.seed_generator)
+
+    return [float(part) for _ in range(2) for part in strategy.experimental_local_results(strategy.run(draw))]
+
+
+def run_on_two_devices(folder):
+    """Returns, for the test below, what two devices make of training; the process must have two of them."""
+    found, validation = {"errors": []}, (INPUTS[:34], TARGETS[:34])
+    for kind in (keras.Model, OwnLoss):
+        curves = found[kind.__name__] = []
+        for devices in (1, 2):
+            with training.running(devices, folder / "logs", folder):
+                model, callbacks = normalized_model(kind), [PredictAll()]
+                options = {"validation_data": validation, "callbacks": callbacks}
+                curves.append(fit(model, folder / f"{kind.__name__}_{devices}", 3, **options)[0])
+        on_one_device = models.for_prediction(model, 0)
+        predicted = on_one_device.predict(INPUTS[:33], batch_size=16, verbose=0)  # one batch is of a single example
+        curves.append({"predicted": float(np.mean(predicted[:32]))})
+    found["logs"] = sorted(path.parent.name for path in (folder / "logs" / "Model_2").rglob("events*"))
+    with training.running(2, None, None):
+        resumed, curves, weights, expected = resumed_and_uninterrupted(folder)
+        same = all(np.array_equal(*pair) for pair in zip(weights, expected, strict=True))
+        found["resumed"] = resumed == curves and same
+        found["draws"] = draws_of_each_device() if keras.backend.backend() == "tensorflow" else []
+    for devices, batch_size in ((3, 16), (2, 15)):
+        try:
+            with training.running(devices, None, None):
+                fit(small_model(), folder / "wrong", 1, config=Config(batch_size=batch_size))
+        except UserError as error:
+            found["errors"].append(str(error))
+    return json.dumps(found)
+
+
+TWO_DEVICES = """
+import pathlib, sys
+sys.path[:0] = sys.argv[1:3]
+import keras
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+    two = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
+import test_training
+print(test_training.run_on_two_devices(pathlib.Path(sys.argv[3])))
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_training_on_two_devices_equals_that_on_one(backend, tmp_path):
+    pytest.importorskip("tensorboard")
+    environment = {
+        "KERAS_BACKEND": backend,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK_COMPILATION}",
+    }
+    output = run_elsewhere(TWO_DEVICES, tmp_path, REPOSITORY, REPOSITORY / "tests", tmp_path, **environment)
+    found = json.loads(output.splitlines()[-1])
+    for kind in ("Model", "OwnLoss"):
+        one, two, after = found[kind]
+        assert set(one) == {"loss", "val_loss", "predicted"}
+        for name, curve in one.items():
+            assert two[name] == pytest.approx(curve, rel=1e-4)
+        assert after["predicted"] == pytest.approx(two["predicted"][-1], rel=1e-4)
+    assert found["resumed"]
+    assert len(set(found["draws"])) == len(found["draws"])
+    assert found["logs"] == ["train", "validation"]
+    missing, indivisible = found["errors"]
+    assert re.match(r"--devices 3 is more than there are: cpu:0, cpu:1", missing)
+    assert re.match(r"a batch of 15 cannot be shared out among 2 devices; change --batch-size", indivisible)
+
+
+def test_logged_curves_can_be_read_by_tensorboard(tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with training.running(1, tmp_path / "logs", tmp_path):
+        for resume in (False, True):  # the second time there is nothing left to train, and nothing is lost
+            curves, _ = fit(small_model(), tmp_path / "small_seed_0", 2, resume, validation_data=(INPUTS, TARGETS))
+    for part, name in (("train", "loss"), ("validation", "val_loss")):
+        events = accumulators.EventAccumulator(str(tmp_path / "logs" / "small_seed_0" / part)).Reload()
+        logged = [float(tensorboard_value(event)) for event in events.Tensors("epoch_loss")]
+        assert logged == pytest.approx(curves[name])
+
+
+def tensorboard_value(event):
+    from tensorboard.util import tensor_util
+
+    return tensor_util.make_ndarray(event.tensor_proto)
 
 
 def watching():
