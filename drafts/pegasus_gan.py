@@ -302,6 +302,7 @@ def train_network(name, config, splits, seed, **checkpoint):
         build, optimizer = build_network, diffusion.averaging_optimizer(config.average, global_clipnorm=1.0)
         options = {"null_labels": NULL, "normalize": normalize, "flip": True}
         wrap = functools.partial(diffusion.Trainer, config=config, seed=seed, **options)
+        held_out = diffusion.with_fixed_noise(held_out, IMAGE_SHAPE)
     else:
         build, held_out = build_generator, None  # its losses say nothing about other images
         average = {"use_ema": True, "ema_momentum": config.average}

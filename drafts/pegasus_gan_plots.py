@@ -162,7 +162,7 @@ def draw_learning_curves(curves, path):
         if name == "gan":
             pair, labels = (values["generator_loss"], values["discriminator_loss"]), ("generator", "discriminator")
         else:
-            validation = "validation (solid),\nweights not averaged" if name == "diffusion" else "validation (solid)"
+            validation = "validation (solid),\naveraged weights" if name == "diffusion" else "validation (solid)"
             pair, labels = (values["loss"], values["val_loss"]), ("training (dashed)", validation)
         figures.learning_curves(axes, pair, labels)
         if name == "gan":
