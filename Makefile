@@ -18,7 +18,7 @@ lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/.run  ## speed and memory of every script, in ten minutes: report/results/bench.json
+bench: .venv/.run  ## speed and memory of every script: report/results/bench.json
 	$(BIN)/python tests/bench.py
 
 figures: .venv/.run  ## every figure again from the saved models and the full datasets

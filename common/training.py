@@ -347,11 +347,13 @@ def _sharing_out(model, devices):
     Yields the callbacks that JAX needs. Under TensorFlow each device would normalise its share of a batch by itself,
     and a loss of the model's own would count once for every device, since their gradients are added up.
     """
-    if devices == 1 or keras.backend.backend() == "jax":
+    if devices == 1:
+        yield []
+        return
+    if keras.backend.backend() == "jax":
         share = functools.partial(setattr, keras.distribution.distribution(), "is_training")
         starts, ends = (lambda *_, value=value, **__: share(value) for value in (True, False))
-        toggle = keras.callbacks.LambdaCallback(on_epoch_begin=starts, on_epoch_end=ends, on_test_begin=ends)
-        yield [toggle] if devices > 1 else []
+        yield [keras.callbacks.LambdaCallback(on_epoch_begin=starts, on_epoch_end=ends, on_test_begin=ends)]
         return
     normalizations = [layer for layer in _layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
     own_loss = model.compute_loss if type(model).compute_loss is not keras.Model.compute_loss else None
