@@ -56,16 +56,20 @@ def draw_cost(of_models, path):
     ):
         values = {name: max(value_of(each), 0.1) for name, each in shown.items()}
         middle = np.exp(np.mean(np.log([min(values.values()), max(values.values())])))
-        for name, each in shown.items():
-            axes.scatter(values[name], each["test"]["accuracy"], color=color_of(name), s=30)
+        accuracies = {name: each["test"]["accuracy"] for name, each in shown.items()}
+        for name, accuracy in accuracies.items():
+            axes.scatter(values[name], accuracy, color=color_of(name), s=30)
             right = values[name] < middle
+            # A label moves away from one that is almost as high and on the same side of its point.
+            apart = [accuracies[other] - accuracy for other in shown if (values[other] < middle) == right]
+            near = [distance for distance in apart if 0 < abs(distance) < 0.02]
             axes.annotate(
                 NAMES[name],
-                (values[name], each["test"]["accuracy"]),
+                (values[name], accuracy),
                 xytext=(6 if right else -6, 0),
                 textcoords="offset points",
                 ha="left" if right else "right",
-                va="center",
+                va="center" if not near else "top" if near[0] > 0 else "bottom",
                 fontsize=8,
                 color=color_of(name),
             )
