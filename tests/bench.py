@@ -2,12 +2,14 @@
 
 - Training: images per second as `--train` feeds its model (`common.training.fit`), beside a bare `model.fit` of the
   same model, augmentation included, on the same arrays with the defaults of Keras. They take turns, because other work
-  on the machine slows either down from time to time; what counts is the ratio of their best epochs.
+  on the machine slows either down from time to time; what counts is the ratio of their best epochs. The first epoch of
+  every `fit` does not count: it compiles, and sets up what a long training run sets up once.
 - `--load --sample`: seconds from start to exit, and the peak of memory.
 - Sampling: seconds of a process that generates 64 images.
 """
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -39,7 +41,17 @@ SCRIPTS = {  # script -> the model that is trained; None for pure JAX, which has
     "addnist_classifier": None,
 }
 SAMPLING = {"task2_diffusion": 64}  # script -> number of images
-BATCHES, ROUNDS = 32, 4
+BATCHES, ROUNDS = 32, 5
+
+
+class LastEpoch(keras.callbacks.Callback):
+    """Measures the seconds of the last epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.started = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds = time.perf_counter() - self.started
 
 
 class Captured(Exception):
@@ -70,6 +82,13 @@ def link_models(folder):
     return folder
 
 
+def fit(model, callbacks, **options):
+    """Trains and returns the seconds of the last epoch."""
+    last = LastEpoch()
+    model.fit(callbacks=[*callbacks, last], **options)
+    return last.seconds
+
+
 def epochs(script, model, arguments):
     """Returns two functions that train a few batches, bare and as `--train` does it, and the number of images."""
     functions = []
@@ -80,12 +99,12 @@ def epochs(script, model, arguments):
         arrays = keras.tree.map_structure(lambda array, count=count: array[:count], arrays)
         if is_bare:
             compiled.steps_per_execution = 1
-            options = dict(zip("xy", arrays, strict=False), batch_size=config.batch_size)
+            options, callbacks = dict(zip("xy", arrays, strict=False), batch_size=config.batch_size), []
         else:
             batches = training.Batches(arrays, config.batch_size, seed=0)
             callbacks = [training.KeepMemory(), keras.callbacks.TerminateOnNaN(), training.EpochSeeds(batches)]
-            options = {"x": batches, "shuffle": False, "callbacks": callbacks}
-        functions.append(lambda compiled=compiled, options=options: compiled.fit(**options, verbose=0))
+            options = {"x": batches, "shuffle": False}
+        functions.append(functools.partial(fit, compiled, callbacks, epochs=2, verbose=0, **options))
     return *functions, count
 
 
@@ -93,12 +112,10 @@ def measure_training(script, model, arguments):
     """Returns images per second of the best of `ROUNDS` epochs, bare and as `--train` does it, and their ratio."""
     bare, ours, count = epochs(script, model, arguments)
     speeds = {"bare": 0.0, "ours": 0.0}
-    for turn in range(ROUNDS + 1):
-        for name, train in (("bare", bare), ("ours", ours)):
-            start = time.perf_counter()
-            train()
-            if turn:  # the first one compiles
-                speeds[name] = max(speeds[name], count / (time.perf_counter() - start))
+    turns = [("bare", bare), ("ours", ours)]
+    for number in range(ROUNDS):
+        for name, train in turns[:: -1 if number % 2 else 1]:
+            speeds[name] = max(speeds[name], count / train())
     found = {"model": model, "images_per_second": speeds["ours"], "bare_images_per_second": speeds["bare"]}
     return found | {"ratio": speeds["ours"] / speeds["bare"]}
 
