@@ -118,6 +118,8 @@ def bench_table():
         cells = [f"`{script}.py`", "", "", ""]
         if "ratio" in found:
             cells = [cells[0], f"`{found['model']}`", f"{found['images_per_second']:,.0f}", f"{found['ratio']:.2f}"]
+        if "devices" in found:
+            cells[2] += f" ({found['on_devices']:,.0f} on {found['devices']} devices)"
         cells += [f"{found['load_seconds']:.0f} s", f"{found['load_megabytes'] / 1000:.1f} GB"]
         lines.append(f"| {' | '.join(cells)} | {seconds(found.get('sampling_seconds'))} |")
     return "\n".join([*lines, "", f"{measured['hardware']}, {measured['precision']}, {measured['backend']}."])

@@ -3,13 +3,14 @@
 - Training: images per second as `--train` feeds its model (`common.training.fit`), beside a bare `model.fit` of the
   same model, augmentation included, on the same arrays with the defaults of Keras. They take turns, because other work
   on the machine slows either down from time to time; what counts is the ratio of their best epochs. The first epoch of
-  every `fit` does not count: it compiles, and sets up what a long training run sets up once.
+  every `fit` does not count: it compiles, and sets up what a long training run sets up once. With `--devices N`, also
+  images per second on so many devices.
 - `--load --sample`: seconds from start to exit, and the peak of memory.
 - Sampling: seconds of a process that generates 64 images.
 """
 
 import contextlib
-import functools
+import dataclasses
 import json
 import os
 import subprocess
@@ -58,7 +59,7 @@ class Captured(Exception):
     """Carries what a script hands to `training.fit`."""
 
 
-def capture(script, model, arguments):
+def capture(script, model, arguments, devices=1):
     """Returns the compiled model, inputs, targets and config that `--train` hands to `training.fit` first."""
 
     def stop(model, inputs, targets, *, config, **_):
@@ -67,10 +68,14 @@ def capture(script, model, arguments):
     original, training.fit = training.fit, stop
     try:
         with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
-            folders = ["--data-dir", str(arguments.data_dir), "--output-dir", link_models(folder)]
-            importlib.import_module(script).main(["--train", "--model", model, *folders])
+            flags = ["--data-dir", str(arguments.data_dir), "--output-dir", link_models(folder)]
+            flags += ["--model", model, "--devices", str(devices)]
+            importlib.import_module(script).main(["--train", *flags])
     except Captured as captured:
-        return captured.args
+        model, inputs, targets, config = captured.args
+        count = BATCHES * config.batch_size
+        few = keras.tree.map_structure(lambda a: None if a is None else a[:count], (inputs, targets))
+        return model, *few, dataclasses.replace(config, epochs=2)
     finally:
         training.fit = original
     raise RuntimeError(f"{script}.py --train does not use training.fit")
@@ -82,42 +87,40 @@ def link_models(folder):
     return folder
 
 
-def fit(model, callbacks, **options):
-    """Trains and returns the seconds of the last epoch."""
+def bare_fit(model, inputs, targets, config):
+    """Trains two epochs as Keras does by default; returns the images per second of the second one."""
+    last, model.steps_per_execution = LastEpoch(), 1
+    options = {"batch_size": config.batch_size, "epochs": config.epochs, "verbose": 0, "callbacks": [last]}
+    model.fit(inputs, targets, **options)
+    return BATCHES * config.batch_size / last.seconds
+
+
+def our_fit(model, inputs, targets, config):
+    """Trains two epochs as `--train` does; returns the images per second of the second one."""
     last = LastEpoch()
-    model.fit(callbacks=[*callbacks, last], **options)
-    return last.seconds
-
-
-def epochs(script, model, arguments):
-    """Returns two functions that train a few batches, bare and as `--train` does it, and the number of images."""
-    functions = []
-    for is_bare in (True, False):
-        compiled, inputs, targets, config = capture(script, model, arguments)
-        count = BATCHES * config.batch_size
-        arrays = (inputs,) if targets is None else (inputs, targets)
-        arrays = keras.tree.map_structure(lambda array, count=count: array[:count], arrays)
-        if is_bare:
-            compiled.steps_per_execution = 1
-            options, callbacks = dict(zip("xy", arrays, strict=False), batch_size=config.batch_size), []
-        else:
-            batches = training.Batches(arrays, config.batch_size, seed=0)
-            callbacks = [training.KeepMemory(), keras.callbacks.TerminateOnNaN(), training.EpochSeeds(batches)]
-            options = {"x": batches, "shuffle": False}
-        functions.append(functools.partial(fit, compiled, callbacks, epochs=2, verbose=0, **options))
-    return *functions, count
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"seed": 0, "folder": folder, "resume": False, "callbacks": [last], "verbose": 0}
+        training.fit(model, inputs, targets, config=config, **options)
+    return BATCHES * config.batch_size / last.seconds
 
 
 def measure_training(script, model, arguments):
-    """Returns images per second of the best of `ROUNDS` epochs, bare and as `--train` does it, and their ratio."""
-    bare, ours, count = epochs(script, model, arguments)
-    speeds = {"bare": 0.0, "ours": 0.0}
-    turns = [("bare", bare), ("ours", ours)]
+    """Returns images per second of the best of `ROUNDS` epochs, bare and as `--train` does it, and their ratio.
+
+    With `--devices`, also those of `--train` on so many devices.
+    """
+    turns, speeds = [(fit, capture(script, model, arguments)) for fit in (bare_fit, our_fit)], {}
     for number in range(ROUNDS):
-        for name, train in turns[:: -1 if number % 2 else 1]:
-            speeds[name] = max(speeds[name], count / train())
-    found = {"model": model, "images_per_second": speeds["ours"], "bare_images_per_second": speeds["bare"]}
-    return found | {"ratio": speeds["ours"] / speeds["bare"]}
+        for fit, parts in turns[:: -1 if number % 2 else 1]:
+            speeds[fit] = max(speeds.get(fit, 0.0), fit(*parts))
+    found = {"model": model, "images_per_second": speeds[our_fit], "bare_images_per_second": speeds[bare_fit]}
+    found["ratio"] = speeds[our_fit] / speeds[bare_fit]
+    if arguments.devices > 1:
+        with training.running(arguments.devices, None, None):
+            parts = capture(script, model, arguments, arguments.devices)
+            found["on_devices"] = max(our_fit(*parts) for _ in range(ROUNDS))
+            found["devices"] = arguments.devices
+    return found
 
 
 def measure_process(*command):
@@ -145,7 +148,7 @@ def main(argv=None):
             if script in SAMPLING:
                 found["sampling_seconds"], _ = measure_process(*command, "--samples", str(SAMPLING[script]))
         measured[script] = {
-            name: value if isinstance(value, str) else float(f"{value:.4g}") for name, value in found.items()
+            name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in found.items()
         }
         print(script, json.dumps(measured[script]), flush=True)
         write_json(path, {**conditions(), "scripts": {name: measured[name] for name in SCRIPTS if name in measured}})

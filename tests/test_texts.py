@@ -32,6 +32,7 @@ def test_numbers_are_filled_in_and_wrong_ones_found(monkeypatch, tmp_path):
     bench["scripts"]["net"] = {"model": "wide", "images_per_second": 1234.5, "ratio": 1.006}
     bench["scripts"]["net"] |= {"load_seconds": 7.6, "load_megabytes": 1940, "sampling_seconds": 12.4}
     bench["scripts"]["other"] = {"load_seconds": 5, "load_megabytes": 480}
+    bench["scripts"]["two"] = bench["scripts"]["net"] | {"devices": 2, "on_devices": 2345.6}
     (tmp_path / "bench.json").write_text(json.dumps(bench))
     monkeypatch.setattr(numbers, "RESULTS", tmp_path)
     tables = [f"{start}\n| 1.00 % |\n{end}" for start, end in (numbers.RESULTS_MARKERS, numbers.BENCH_MARKERS)]
@@ -39,7 +40,8 @@ def test_numbers_are_filled_in_and_wrong_ones_found(monkeypatch, tmp_path):
     filled = numbers.fill_readme(text)
     assert "| task | accuracy | 98.77 % | none | `python net.py --load` |" in filled
     assert "| `net.py` | `wide` | 1,234 | 1.01 | 8 s | 1.9 GB | 12 s |" in filled
-    assert "| `other.py` |  |  |  | 5 s | 0.5 GB |  |\n\na CPU, float32, jax.\n" in filled
+    assert "| `other.py` |  |  |  | 5 s | 0.5 GB |  |\n" in filled
+    assert "| `two.py` | `wide` | 1,234 (2,346 on 2 devices) | 1.01 | 8 s | 1.9 GB | 12 s |\n\na CPU, float32" in filled
     assert (filled.startswith("before\n"), filled.endswith("\nafter"), "1.00" in filled) == (True, True, False)
     assert numbers.fill_readme(filled) == filled
 
