@@ -1,14 +1,10 @@
 """CIFAR-100 images from fewer than 1,000,000 parameters and at most 50,000 optimisation steps, in pure JAX.
 
 A class-conditional diffusion model (Karras et al. 2022): a U-Net learns to denoise images at every noise level, and a
-deterministic sampler turns Gaussian noise, the latent vector, into images. Two networks spend the same parameters at
-different resolutions:
+deterministic sampler turns Gaussian noise, the latent vector, into images.
 
-    patches   squares of 2 x 2 pixels become channels first: maps of 16 x 16, 8 x 8 and 4 x 4; for a CPU
-    pixels    maps of 32 x 32, 16 x 16 and 8 x 8: five times the arithmetic; for a GPU
-
-    python cifar100_generator.py --train                            trains and measures both (--model NAME: one)
-    python cifar100_generator.py --load                             restores them, compares with the recorded metrics
+    python cifar100_generator.py --train                            trains, measures and saves the network
+    python cifar100_generator.py --load                             restores it, compares with the recorded metrics
     python cifar100_generator.py --load --sample                    the same on images in the repository
     python cifar100_generator.py --experiments                      what each choice is worth
     python cifar100_generator.py --load --samples 64 --class tiger  generates images, without a dataset
@@ -66,7 +62,6 @@ class Config:  # of a training run
     batch_size: int = 96
     learning_rate: float = 1e-3  # the highest, after warm-up and before cosine decay
     averages: tuple = (0.999, 0.9995, 0.9999)  # momenta of moving averages of the weights; one of them is saved
-    dtype: str = "float32"  # of the convolutions in training; sampling is always float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +72,9 @@ class Sampling:  # how images are generated
     high: float = 3.0
 
 
-CONFIGS = {
-    "patches": Config(),
-    "pixels": Config(1, (48, 64, 88), (2, 2, 1), batch_size=256, dtype="bfloat16"),
-}
-MODELS, TASK = list(CONFIGS), sys.modules[__name__]  # the first is reported; what experiments/ and plots/ are handed
+CONFIG, TASK = Config(), sys.modules[__name__]  # of the saved network; what experiments/ and plots/ are handed
 PARAMETER_LIMIT, STEP_LIMIT = 1_000_000, 50_000  # fewer than that many parameters, at most that many steps
-SCRIPT, REPOSITORY = "cifar100_generator", Path(__file__).resolve().parent
+SCRIPT, MODEL, REPOSITORY = "cifar100_generator", "diffusion", Path(__file__).resolve().parent
 SAMPLE = REPOSITORY / "data" / "samples" / "cifar100.npz"
 CLASSIFIER = REPOSITORY / "saved_models" / "cifar100_transfer" / "own_3.keras"
 NUM_CLASSES, SIDE, CHANNELS, SHAPE = 100, 32, 3, (32, 32, 3)
@@ -183,20 +174,19 @@ def unet(weight, inputs, log_sigma, conditions, config):
     """The U-Net: images (n, 32, 32, 3), logarithms of noise levels (n,), class weights (n, 101) to (n, 32, 32, 3)."""
 
     def dense(inputs, name, units, gain=1.0):
-        kernel = weight(f"{name}_kernel", (inputs.shape[-1], units), gain).astype(inputs.dtype)
-        bias = weight(f"{name}_bias", (units,), 0.0).astype(inputs.dtype)
-        return jnp.matmul(inputs, kernel, precision="highest") + bias
+        kernel = weight(f"{name}_kernel", (inputs.shape[-1], units), gain)
+        return jnp.matmul(inputs, kernel, precision="highest") + weight(f"{name}_bias", (units,), 0.0)
 
     def convolution(maps, name, filters, size=3, stride=1, gain=1.0):
-        kernel = weight(f"{name}_kernel", (size, size, maps.shape[-1], filters), gain).astype(config.dtype)
-        return convolve(maps, kernel, stride) + weight(f"{name}_bias", (filters,), 0.0).astype(config.dtype)
+        kernel = weight(f"{name}_kernel", (size, size, maps.shape[-1], filters), gain)
+        return convolve(maps, kernel, stride) + weight(f"{name}_bias", (filters,), 0.0)
 
     def normalized(maps, scale, shift):  # group normalisation (Wu & He 2018), one scale and shift per image and channel
         count, *_, channels = maps.shape
-        moments = maps.mean((1, 2), dtype="float32"), jnp.square(maps.astype("float32")).mean((1, 2))
+        moments = maps.mean((1, 2)), jnp.square(maps).mean((1, 2))
         mean, square = (m.reshape(count, channels // 8, 8).mean(-1).repeat(8, axis=-1) for m in moments)
         scale = (1 + scale) * jax.lax.rsqrt(square - jnp.square(mean) + 1e-5)
-        return maps * scale.astype(maps.dtype)[:, None, None] + (shift - mean * scale).astype(maps.dtype)[:, None, None]
+        return maps * scale[:, None, None] + (shift - mean * scale)[:, None, None]
 
     def activated(maps, name):  # before a convolution
         scale, shift = weight(f"{name}_scale", maps.shape[-1:], 0.0), weight(f"{name}_shift", maps.shape[-1:], 0.0)
@@ -223,7 +213,7 @@ def unet(weight, inputs, log_sigma, conditions, config):
     embedded = jax.nn.silu(dense(jax.nn.silu(embedded), "embedded", config.embedding))
 
     count, patch, side, last = len(inputs), config.patch, SIDE // config.patch, len(config.widths) - 1
-    maps = inputs.astype(config.dtype).reshape(count, side, patch, side, patch, CHANNELS)
+    maps = inputs.reshape(count, side, patch, side, patch, CHANNELS)
     maps = maps.transpose(0, 1, 3, 2, 4, 5).reshape(count, side, side, -1)
     maps, skips = convolution(maps, "input", config.widths[0]), []
     for level, (width, blocks) in enumerate(zip(config.widths, config.blocks, strict=True)):
@@ -240,7 +230,7 @@ def unet(weight, inputs, log_sigma, conditions, config):
             maps = block(maps, f"up_{level}_{number}")
     maps = convolution(activated(maps, "output"), "output", CHANNELS * patch**2, gain=0.0)
     maps = maps.reshape(count, side, side, patch, patch, CHANNELS).transpose(0, 1, 3, 2, 4, 5)
-    return maps.reshape(inputs.shape).astype("float32")
+    return maps.reshape(inputs.shape)
 
 
 def init_model(seed, config):
@@ -288,7 +278,6 @@ def predict(parameters, noisy, sigma, conditions, config):
 @jax.jit(static_argnames=("config", "guided"))
 def denoise(parameters, noisy, sigma, conditions, guidance, config, guided):
     """Estimates the images (n, 32, 32, 3), -1 to 1, in noisy ones, with classifier-free guidance where `guided`."""
-    config = dataclasses.replace(config, dtype="float32")
     if guided:  # without a class as well, in the same batch
         nothing = jnp.zeros_like(conditions).at[:, -1].set(1)
         noisy, sigma = jnp.tile(noisy, (2, 1, 1, 1)), jnp.tile(sigma, 2)
@@ -578,11 +567,9 @@ def checksum_of(splits):
 
 
 def write_results(output_dir):
-    """Writes report/results/cifar100_generator.json from the cards of the saved networks and the experiments."""
-    paths = [output_dir / "saved_models" / SCRIPT / f"{model}.npz" for model in MODELS]
-    cards = {path.stem: load_network(path)[1] for path in paths if path.exists()}
-    models = {model: {name: card[name] for name in RESULTS} | card["metrics"] for model, card in cards.items()}
-    results = {"script": f"{SCRIPT}.py", "models": models, "test": next(iter(models.values()))["test"]}
+    """Writes report/results/cifar100_generator.json from the card of the saved network and the experiments."""
+    _, card = load_network(output_dir / "saved_models" / SCRIPT / f"{MODEL}.npz")
+    results = {"script": f"{SCRIPT}.py", **{name: card[name] for name in RESULTS}, **card["metrics"]}
     results["experiments"] = compared_experiments(output_dir)
     return write_file(output_dir / "report" / "results" / f"{SCRIPT}.json", results)
 
@@ -611,75 +598,73 @@ def compared_experiments(root):
 
 
 def train(arguments):
-    """Trains, measures and saves the chosen networks. Returns their metrics: dict from network to `measure`'s."""
+    """Trains, measures and saves the network. Returns what `measure` says of it."""
     splits, class_names = load_data(arguments.data_dir, arguments.quick, arguments.sample)
     parts, training, fid = parts_of(arguments, splits)
-    dataset, measured = {"name": "CIFAR-100", **{name: len(split.labels) for name, split in parts.items()}}, {}
+    dataset = {"name": "CIFAR-100", **{name: len(split.labels) for name, split in parts.items()}}
     dataset |= {"sha256": checksum_of(splits.values()), "sample_sha256": checksum_of([parts["sample"]])}
-    for model in arguments.models:
-        config, seed = with_flags(CONFIGS[model], arguments, splits), arguments.seed
-        (count, marks, used), options = budget(config), {"name": model, "resume": arguments.resume}
-        print(f"{model}: {used}")
-        folder = arguments.output_dir / "runs" / SCRIPT / f"{model}_seed_{seed}"
-        averages, curves, seconds = train_network(config, splits, seed, folder=folder, **options)
-        module, chosen = optional("experiments") if fid else None, (averages[0], Sampling(), [])
-        parameters, sampling, choices = module.choose(TASK, averages, config, fid, folder) if module else chosen
-        network = parameters, config, sampling  # after the last choice, the test images are read
-        metrics = measured[model] = measure(network, parts, training, fid, seed)
-        path = write_file(arguments.output_dir / "saved_models" / SCRIPT / f"{model}.npz", parameters)
-        card = {"script": f"{SCRIPT}.py", "model": model, "command": arguments.command, **environment()}
-        card |= {"seed": seed, "config": dataclasses.asdict(config), "dataset": dataset, "class_names": class_names}
-        card |= {"epochs": round(config.steps * config.batch_size / len(splits["train"].labels), 1)}
-        card |= {"steps": config.steps, "batch_size": config.batch_size, "penalty": marks, "seconds": seconds}
-        card |= {"parameters": {"trainable": count, "total": count}, "metrics": metrics, "curves": curves}
-        card |= {"sampling": dataclasses.asdict(sampling), "choices": choices, "scale": {}, "second_seed": {}}
-        if fid:
-            card["second_seed"] = fid(network, MEASURED_ITEMS, seed + 1, "test")
-            scale = importlib.import_module("common.fid").scale
-            card["scale"] = scale(arguments.data_dir, splits["train"].images, splits["test"].images)
-        card |= {"shortened": "--quick: few images and steps" if arguments.quick else None}
-        write_file(path.with_suffix(".json"), card | {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
-        print(f"{model}: {used}")
-    print(f"wrote {write_results(arguments.output_dir)}")
-    return measured
+    config, seed = with_flags(CONFIG, arguments, splits), arguments.seed
+    count, marks, used = budget(config)
+    print(used)
+    folder = arguments.output_dir / "runs" / SCRIPT / f"{MODEL}_seed_{seed}"
+    trained = train_network(config, splits, seed, name=MODEL, folder=folder, resume=arguments.resume)
+    averages, curves, seconds = trained
+    module, chosen = optional("experiments") if fid else None, (averages[0], Sampling(), [])
+    parameters, sampling, choices = module.choose(TASK, averages, config, fid, folder) if module else chosen
+    network = parameters, config, sampling  # after the last choice, the test images are read
+    metrics = measure(network, parts, training, fid, seed)
+    path = write_file(arguments.output_dir / "saved_models" / SCRIPT / f"{MODEL}.npz", parameters)
+    card = {"script": f"{SCRIPT}.py", "model": MODEL, "command": arguments.command, **environment()}
+    card |= {"seed": seed, "config": dataclasses.asdict(config), "dataset": dataset, "class_names": class_names}
+    card |= {"epochs": round(config.steps * config.batch_size / len(splits["train"].labels), 1)}
+    card |= {"steps": config.steps, "batch_size": config.batch_size, "penalty": marks, "seconds": seconds}
+    card |= {"parameters": {"trainable": count, "total": count}, "metrics": metrics, "curves": curves}
+    card |= {"sampling": dataclasses.asdict(sampling), "choices": choices, "scale": {}, "second_seed": {}}
+    if fid:
+        card["second_seed"] = fid(network, MEASURED_ITEMS, seed + 1, "test")
+        scale = importlib.import_module("common.fid").scale
+        card["scale"] = scale(arguments.data_dir, splits["train"].images, splits["test"].images)
+    card |= {"shortened": "--quick: few images and steps" if arguments.quick else None}
+    write_file(path.with_suffix(".json"), card | {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    print(used, f"wrote {write_results(arguments.output_dir)}", sep="\n")
+    return metrics
 
 
 def report(arguments, measured=None):
-    """Measures the saved networks beside the recorded metrics, and draws the figures. Returns the exit code."""
+    """Measures the saved network beside the recorded metrics, and draws the figures. Returns the exit code."""
     folder = arguments.output_dir / "saved_models" / SCRIPT if measured else arguments.folder
-    rows, written, shown, few = [], [], {}, arguments.quick or arguments.sample
-    print(f"networks from {folder}")
+    print(f"network from {folder}")
     splits, _ = load_data(arguments.data_dir, arguments.quick, arguments.sample)
-    restored = {model: load_network(folder / f"{model}.npz") for model in arguments.models}
+    network, card = load_network(folder / f"{MODEL}.npz")
     parts, training, fid = parts_of(arguments, splits) if not measured else (splits, {}, None)
     key = "sample_sha256" if arguments.load and arguments.sample else "sha256"
     checksum = checksum_of((parts if key == "sample_sha256" else splits).values())
-    for model, (network, card) in restored.items():
-        metrics = measured[model] if measured else measure(network, parts, training, fid, card["seed"])
-        if not (known := card["metrics"] if card["dataset"][key] == checksum else {}):
-            print(f"{model}: not compared, as its card is about other images than these")
-        tolerance = TOLERANCE if card["platform"] == jax.default_backend() else TOLERANCE_ELSEWHERE
-        for part, name in [(part, name) for part, values in metrics.items() for name in values]:
-            value, recorded = metrics[part][name], known.get(part, {}).get(name)
-            row = {"task": "CIFAR-100 generation", "model": model, "part": part, "metric": name, "measured": value}
-            agrees = None if recorded is None else abs(value - recorded) <= tolerance * max(1, abs(recorded))
-            rows.append(row | {"recorded": recorded, "agrees": agrees, "tolerance": tolerance})
-        if arguments.record and not known:
-            raise UserError(f"{model} was trained with other data; --record needs the same, or --train anew")
+    metrics, rows, written = measured or measure(network, parts, training, fid, card["seed"]), [], []
+    if not (known := card["metrics"] if card["dataset"][key] == checksum else {}):
+        print("not compared, as the card is about other images than these")
         if arguments.record:
-            written.append(write_file(folder / f"{model}.json", card | {"metrics": known | metrics}))
-        network[2] = dataclasses.replace(network[2], steps=2) if arguments.quick else network[2]
-        shown[model] = card, functools.partial(sample, *network, name="images of figures")
-    if not (arguments.record and arguments.sample):  # which writes nothing but the cards
+            raise UserError("the network was trained with other data; --record needs the same, or --train anew")
+    tolerance = TOLERANCE if card["platform"] == jax.default_backend() else TOLERANCE_ELSEWHERE
+    for part, name in [(part, name) for part, values in metrics.items() for name in values]:
+        value, recorded = metrics[part][name], known.get(part, {}).get(name)
+        row = {"task": "CIFAR-100 generation", "model": MODEL, "part": part, "metric": name, "measured": value}
+        agrees = None if recorded is None else abs(value - recorded) <= tolerance * max(1, abs(recorded))
+        rows.append(row | {"recorded": recorded, "agrees": agrees, "tolerance": tolerance})
+    if arguments.record:
+        written.append(write_file(folder / f"{MODEL}.json", card | {"metrics": known | metrics}))
+    if not (arguments.record and arguments.sample):  # which writes nothing but the card
         written += [write_results(folder.parent.parent)] if arguments.record else []
+        few = arguments.quick or arguments.sample
         classifier = None if few else importlib.import_module("common.fid").load_classifier(CLASSIFIER)
+        network[2] = dataclasses.replace(network[2], steps=2) if arguments.quick else network[2]
+        generate = functools.partial(sample, *network, name="images of figures")
         noise, plots = draw_noise(2 * NUM_CLASSES, arguments.seed), optional("plots")
-        drawn = compared_experiments(folder.parent.parent), splits, shown, noise, classifier
+        drawn = compared_experiments(folder.parent.parent), splits, card, generate, noise, classifier
         written += plots.draw(*drawn, arguments.output_dir / "report" / "figures" / SCRIPT) if plots else []
-    print(f"\n{'model':8}  {'metric':27}  measured  recorded (numbers agree where they differ by {tolerance} at most)")
+    print(f"\n{'metric':27}  measured  recorded (numbers agree where they differ by {tolerance} at most)")
     for r in rows:
         known = f"  {r['recorded']:8.4f}  {'agrees' if r['agrees'] else 'DIFFERS'}" if r["agrees"] is not None else ""
-        print(f"{r['model']:8}  {r['part'] + ' ' + r['metric'].replace('_', ' '):27}  {r['measured']:8.4f}{known}")
+        print(f"{r['part'] + ' ' + r['metric'].replace('_', ' '):27}  {r['measured']:8.4f}{known}")
     content = {"script": f"{SCRIPT}.py", "command": arguments.command, "rows": rows}
     written.append(write_file(arguments.output_dir / "runs" / SCRIPT / "verification.json", content))
     print("\nwrote", *written, sep="\n  ")
@@ -703,7 +688,6 @@ def main(argv=None):
     text = "restore from saved_models/, measure, compare with the recorded numbers, write figures"
     mode.add_argument("--load", **switch, help=text)
     mode.add_argument("--experiments", **switch, help="the comparison behind the choices (resumable)")
-    flags.add_argument("--model", choices=MODELS, help="one of the models (default: all)")
     flags.add_argument("--quick", **switch, help="a few batches into runs/quick/: proves that it works")
     flags.add_argument("--sample", **switch, help="use the images in data/samples/ instead of the full dataset")
     flags.add_argument("--epochs", **number, help="passes over the training images")
@@ -741,7 +725,6 @@ def main(argv=None):
         raise UserError(f"{file} is a file; name a folder")
     own = arguments.record or (arguments.output_dir / "saved_models" / SCRIPT).is_dir()
     arguments.folder = (arguments.output_dir if own else REPOSITORY) / "saved_models" / SCRIPT
-    arguments.models = [arguments.model] if arguments.model else MODELS
     arguments.command = shlex.join(["python", flags.prog, *(sys.argv[1:] if argv is None else map(str, argv))])
     write_file(arguments.output_dir / "probe", bytes(30_000_000)).unlink()  # about what a training run writes
     if needed := "plots" if generating else "experiments" if arguments.experiments else None:

@@ -30,7 +30,6 @@ BASELINE = {
     "batch_size": 64,
     "learning_rate": 1e-3,
     "averages": (0.99, 0.995, 0.998),  # shorter, as there are few steps
-    "dtype": "float32",
 }
 VARIANTS = {
     "patch 1": {"patch": 1},
@@ -43,7 +42,6 @@ VARIANTS = {
     "label dropout 20 %": {"label_dropout": 0.2},
     "learning rate 0.0005": {"learning_rate": 5e-4},
     "learning rate 0.002": {"learning_rate": 2e-3},
-    "bfloat16 convolutions": {"dtype": "bfloat16"},
 }
 NUM_SAMPLES = 1000  # that averages, guidance and steps are compared with, against all held-out images
 GUIDANCE = (1.0, 1.2, 1.4, 1.6, 1.8, 2.2)

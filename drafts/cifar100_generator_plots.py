@@ -13,37 +13,37 @@ SHOWN, PAIRS, BETWEEN, NEIGHBOURS = 64, 8, 9, 16  # unselected samples; interpol
 FID = "FID (768-d) to held-out images"
 
 
-def draw(compared, splits, shown, noise, classifier, folder):
+def draw(compared, splits, card, generate, noise, classifier, folder):
     """Draws every figure into `folder` and returns their paths.
 
     Args:
         compared: dict, what `compare` in experiments/ returned; may be empty.
         splits: dict of `Split`, of which "train" and "valid" are shown.
-        shown: dict from network to its card and a function from noise and class weights to images.
+        card: of the network.
+        generate: function from noise and class weights to images.
         noise: standard normal noise (n, 32, 32, 3) and classes (n,), of at least 64 + 100 images.
         classifier: function from images to features and class probabilities, or None.
     """
-    written, (noise, labels) = [], noise
-    for model, (card, generate) in shown.items():
-        one_hot = np.eye(NUM_CLASSES + 1, dtype="float32")
-        between, conditions = interpolations(noise, one_hot[labels])
-        of_classes = noise[SHOWN : SHOWN + NUM_CLASSES]
-        inputs = [noise[:SHOWN], of_classes, between], [one_hot[labels[:SHOWN]], one_hot[:NUM_CLASSES], conditions]
-        images = generate(*(np.concatenate(parts) for parts in inputs))  # at once, as batches have a fixed size
-        batch, classes, between = np.split(images, [SHOWN, SHOWN + NUM_CLASSES])
-        written += [
-            draw_architecture(card, folder / f"architecture_{model}.png"),
-            draw_curves(card, folder / f"curves_{model}.png"),
-            draw_samples(batch, splits["valid"].images, folder / f"samples_{model}.png"),
-            draw_classes(classes, card["class_names"], folder / f"classes_{model}.png"),
-            draw_interpolations(between, folder / f"interpolations_{model}.png"),
-            draw_neighbours(batch, splits["train"].images, classifier, folder / f"nearest_{model}.png"),
-        ]
-        if card["choices"]:
-            written.append(draw_choices(card["choices"], folder / f"choices_{model}.png"))
-    cards = {model: card for model, (card, _) in shown.items()}
-    if any(card["scale"] for card in cards.values()):
-        written.append(draw_scale(cards, folder / "scale.png"))
+    (noise, labels), one_hot = noise, np.eye(NUM_CLASSES + 1, dtype="float32")
+    between, conditions = interpolations(noise, one_hot[labels])
+    of_classes = noise[SHOWN : SHOWN + NUM_CLASSES]
+    inputs = [noise[:SHOWN], of_classes, between], [one_hot[labels[:SHOWN]], one_hot[:NUM_CLASSES], conditions]
+    images = generate(*(np.concatenate(parts) for parts in inputs))  # at once, as batches have a fixed size
+    batch, classes, between = np.split(images, [SHOWN, SHOWN + NUM_CLASSES])
+    written = [
+        draw_architecture(card, folder / "architecture.png"),
+        draw_curves(card, folder / "curves.png"),
+        draw_samples(batch, splits["valid"].images, folder / "samples.png"),
+        draw_classes(classes, card["class_names"], folder / "classes.png"),
+        draw_interpolations(between, folder / "interpolations.png"),
+        draw_neighbours(batch, splits["train"].images, classifier, folder / "nearest.png"),
+    ]
+    if card["choices"]:
+        written.append(draw_choices(card["choices"], folder / "choices.png"))
+    if card["scale"]:
+        written.append(
+            draw_scale(card["scale"] | {"samples": card["metrics"]["test"]["fid_768"]}, folder / "scale.png")
+        )
     if compared:
         written.append(draw_experiments(compared, folder / "experiments.png"))
     return written
@@ -79,7 +79,7 @@ def run(task, arguments):
     The `.npz` holds `images` uint8 (n, 32, 32, 3), `label` (n,), index into `class_names`, and these. `task` is the
     module of the script.
     """
-    network, card = task.load_network(arguments.folder / f"{arguments.models[0]}.npz")
+    network, card = task.load_network(arguments.folder / f"{task.MODEL}.npz")
     names, chosen, folder = card["class_names"], arguments.class_name, arguments.export
     if chosen and chosen not in names:
         raise task.UserError(f"there is no class {chosen}; choose one of {', '.join(names)}")
@@ -88,7 +88,7 @@ def run(task, arguments):
     noise, labels = task.draw_noise(arguments.samples or SHOWN, arguments.seed)
     labels = np.full_like(labels, names.index(chosen)) if chosen else labels
     images = task.sample(*network, noise, task.ONE_HOT[labels], "samples")
-    path = arguments.output_dir / "runs" / task.SCRIPT / f"{card['model']}_{chosen or 'all'}_seed_{arguments.seed}.npz"
+    path = arguments.output_dir / "runs" / task.SCRIPT / f"{chosen or 'all'}_seed_{arguments.seed}.npz"
     written = [task.write_file(path, {"images": images, "label": labels, "class_names": names})]
     written.append(write_image(images, path.with_suffix(".png"), 2))
     for number, image in enumerate(images if folder else ()):
@@ -209,15 +209,11 @@ def draw_choices(choices, path):
     return figures.save(figure, path)
 
 
-def draw_scale(cards, path):
-    """FID of the samples beside that of images that are not generated."""
-    values = {}
-    for model, card in cards.items():
-        if card["scale"]:
-            values = card["scale"] | values | {f"samples, {model} network": card["metrics"]["test"]["fid_768"]}
+def draw_scale(values, path):
+    """FID of "samples" beside that of images that are not generated: dict from what they are to float."""
     values = dict(sorted(values.items(), key=lambda item: item[1]))
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(values) + 1.1))
-    colors = [figures.ORANGE if name.startswith("samples") else figures.BLUE for name in values]
+    colors = [figures.ORANGE if name == "samples" else figures.BLUE for name in values]
     axes.barh(range(len(values)), list(values.values()), color=colors)
     for place, value in enumerate(values.values()):
         axes.text(value, place, f" {value:.3f}", va="center")
@@ -267,7 +263,7 @@ def draw_architecture(card, path):
     connect((edge, 0.35), (edge, 1.2), back, (0.8, 0))
     axes.set(xlim=(-edge - 1.5, edge + 1.5), ylim=(-1.35 * last - 0.6, 1.9))
     axes.set_axis_off()
-    axes.set_title(f"The {card['model']} network: a U-Net with {count:,} parameters")
+    axes.set_title(f"A U-Net with {count:,} parameters")
     return figures.save(figure, path)
 
 
