@@ -158,5 +158,8 @@ def run(main, argv=None):
             raise
         print("error: interrupted; what was saved stays, continue with --resume", file=sys.stderr)
         code = INTERRUPTED
+    if code and "KERAS_DISTRIBUTION_PROCESS_ID" in os.environ:  # JAX would wait for processes that wait for this one
+        sys.stdout.flush()
+        os._exit(code)
     if code:
         sys.exit(code)

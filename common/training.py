@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 import keras
@@ -34,13 +35,15 @@ class Batches(keras.utils.PyDataset):
 
     Keras' own shuffling continues a random stream, which a resumed process cannot rejoin. `arrays` is a tuple of
     `inputs` or `(inputs, targets)`, each an array or a dict of arrays. The number of examples in an epoch is a multiple
-    of `devices`: a few are left out, others in every epoch.
+    of `devices`: a few are left out, others in every epoch. Each of several processes has its part of every batch.
     """
 
     def __init__(self, arrays, batch_size, seed, devices=1):
         super().__init__()
         self.arrays, self.batch_size, self.seed, self.devices = arrays, batch_size, seed, devices
         self.num_examples = len(keras.tree.flatten(arrays)[0])
+        share = keras.distribution.distribution()  # only JAX has one
+        self.parts, self.part = (share.num_processes, share.data_shard_id) if share else (1, 0)
         self.shuffle(0)
 
     def shuffle(self, epoch):
@@ -51,7 +54,7 @@ class Batches(keras.utils.PyDataset):
         return math.ceil(len(self.order) / self.batch_size)
 
     def __getitem__(self, number):
-        chosen = self.order[number * self.batch_size : (number + 1) * self.batch_size]
+        chosen = np.split(self.order[number * self.batch_size : (number + 1) * self.batch_size], self.parts)[self.part]
         return keras.tree.map_structure(lambda array: array[chosen], self.arrays)
 
 
@@ -105,13 +108,13 @@ class Checkpoint(keras.callbacks.Callback):
     def restore(self, model):
         """Puts the last checkpoint, where there is one, into a compiled `model`.
 
-        Raises `UserError` where it is damaged or belongs to a training run with other settings.
+        Raises `UserError` where it is damaged or belongs to a training run with other settings or in another process.
         """
-        path = self.folder / "state.json"
+        path, advice = self.folder / "state.json", "start over without --resume"
+        state = read_json(path, advice) if path.exists() else {}
+        _check_alike(self.settings, state.get("epoch", 0))
         if not path.exists():
             return
-        advice = "start over without --resume"
-        state = read_json(path, advice)
         try:
             settings, weights, history = state["settings"], state["weights"], state["history"]
             epoch, seconds = int(state["epoch"]), float(state["seconds"])
@@ -156,6 +159,16 @@ class Checkpoint(keras.callbacks.Callback):
         for old in self.folder.glob("epoch_*.weights.h5"):
             if old != weights:
                 old.unlink()
+
+
+def _check_alike(*values):
+    """Raises `UserError` where another process has other `values`: they would wait for ever, or train badly."""
+    distribution = keras.distribution.distribution()
+    if distribution and distribution.num_processes > 1:
+        from jax.experimental.multihost_utils import process_allgather
+
+        if len(set(process_allgather(np.uint32(zlib.crc32(repr(values).encode()))).tolist())) > 1:
+            raise UserError("the processes differ in flags, or in the epoch to resume from; give all of them the same")
 
 
 def save_weights(model, path):
@@ -282,7 +295,7 @@ def computing_in(precision):
 class ShareOfBatch(keras.distribution.DataParallel):
     """Shares out a batch under JAX in training alone: those of other data may not be multiples of the devices."""
 
-    is_training = False
+    is_training = auto_shard_dataset = False  # Keras cannot divide `Batches` among processes, which do it themselves
 
     def get_data_layout(self, data_shape):
         layout = super().get_data_layout(data_shape)
@@ -313,11 +326,15 @@ def running(devices, logdir, root):
     names, scope = keras.distribution.list_devices(), contextlib.nullcontext()
     if devices > len(names):
         raise UserError(f"--devices {devices} is more than there are: {', '.join(names)}")
-    if devices > 1:
-        names = [name.upper() if keras.backend.backend() == "tensorflow" else name for name in names[:devices]]
-        scope = (
-            ShareOfBatch(devices=names) if keras.backend.backend() == "jax" else _mirrored_strategy(*names)
-        ).scope()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        here, processes = jax.local_device_count(), jax.process_count()
+        if processes > 1 and devices != here * processes:
+            raise UserError(f"--devices must be {here * processes} here: {here} in each of {processes} processes")
+        scope = ShareOfBatch(devices=names[:devices]).scope() if devices > 1 else scope
+    elif devices > 1:
+        scope = _mirrored_strategy(*(name.upper() for name in names[:devices])).scope()
     token = RUN.set((devices, logdir, root))
     try:
         with scope:

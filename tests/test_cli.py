@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -171,6 +172,38 @@ def test_unknown_backend_is_one_line():
     assert errors.splitlines() == [
         "error: the Keras backend 'theano' is not supported; set KERAS_BACKEND to tensorflow or jax"
     ]
+
+
+STARTS_TRAINING = "import sys; sys.argv.append('--train'); from common import startup"
+ADDRESS, COUNT, NUMBER = (f"KERAS_DISTRIBUTION_{name}" for name in ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "trouble"),
+    [
+        ({"KERAS_BACKEND": "tensorflow", "TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}}'}, "under TensorFlow"),
+        ({"KERAS_BACKEND": "tensorflow", ADDRESS: "localhost:1", COUNT: "2", NUMBER: "0"}, "under TensorFlow"),
+        ({"KERAS_BACKEND": "jax", ADDRESS: "localhost:1"}, f"({COUNT!r})"),
+        ({"KERAS_BACKEND": "jax", ADDRESS: "localhost:one", COUNT: "2", NUMBER: "0"}, "'one'"),
+        ({"KERAS_BACKEND": "jax", ADDRESS: "localhost:1", COUNT: "2", NUMBER: "2"}, "process_id=2, num_processes=2"),
+    ],
+)
+def test_several_processes_that_cannot_start_are_one_line(environment, trouble):
+    _, errors = (running := process(STARTS_TRAINING, **environment)).communicate(timeout=60)
+    assert running.returncode == 2
+    (line,) = errors.splitlines()
+    assert line.startswith("error: ")
+    assert trouble in line
+    assert "README.md" in line
+
+
+def test_a_process_whose_port_is_taken_is_one_line():
+    with socket.create_server(("", 0)) as server:
+        where = {ADDRESS: f"localhost:{server.getsockname()[1]}", COUNT: "2", NUMBER: "0"}
+        _, errors = (running := process(STARTS_TRAINING, KERAS_BACKEND="jax", **where)).communicate()
+    assert running.returncode == 2
+    assert errors.count("\n") == 1
+    assert "Address already in use" in errors
 
 
 def test_a_closed_pipe_ends_silently():

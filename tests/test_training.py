@@ -1,5 +1,6 @@
 """Checkpoints, exact resume, schedules and precision."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -7,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,7 +59,7 @@ class Stop(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.epoch == self.stop_epoch and batch == 2:
+        if self.epoch == self.stop_epoch and batch >= 2:
             raise KeyboardInterrupt
 
 
@@ -193,6 +195,71 @@ def test_training_on_two_devices_equals_that_on_one(backend, tmp_path):
     missing, indivisible = found["errors"]
     assert re.match(r"--devices 3 is more than there are: cpu:0, cpu:1", missing)
     assert re.match(r"a batch of 15 cannot be shared out among 2 devices; change --batch-size", indivisible)
+
+
+def run_in_one_of_two_processes(number, folder):
+    """Returns, for the test below, the curves of this process by itself and with the other one, and what is refused.
+
+    Together they are interrupted and resumed.
+    """
+    options, errors = {"validation_data": (INPUTS[:35], TARGETS[:35]), "callbacks": [PredictAll()]}, []
+    alone, _ = fit(normalized_model(), folder / "alone", 3, **options)
+    with training.running(2, None, None):
+        with pytest.raises(KeyboardInterrupt):
+            fit(normalized_model(), folder / "together", 3, **options | {"callbacks": [PredictAll(), Stop(1)]})
+        together, _ = fit(normalized_model(), folder / "together", 3, resume=True, **options)
+        folders = [folder / "together", folder / ("together" if number == 0 else "missing")]
+        for batch_size, checkpoint in zip((16 + 2 * number, 16), folders, strict=True):
+            try:
+                fit(normalized_model(), checkpoint, 3, resume=True, config=Config(3, batch_size))
+            except UserError as error:
+                errors.append(str(error))
+    try:
+        with training.running(1, None, None):
+            pass
+    except UserError as error:
+        errors.append(str(error))
+    return json.dumps({"curves": [alone, together], "errors": errors})
+
+
+ONE_OF_TWO_PROCESSES = """
+import os, pathlib, sys
+sys.path[:0] = sys.argv[1:3]
+sys.argv.append("--train")
+from common import startup
+import test_training
+number = int(os.environ["KERAS_DISTRIBUTION_PROCESS_ID"])
+print(test_training.run_in_one_of_two_processes(number, pathlib.Path(sys.argv[3]) / str(number)))
+"""
+
+
+def test_training_in_two_processes_equals_that_in_one(tmp_path):
+    pytest.importorskip("jax", reason="only JAX trains in several processes")
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {
+        "KERAS_BACKEND": "jax",
+        "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"localhost:{port}",
+        "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+        "XLA_FLAGS": QUICK_COMPILATION,
+    }
+    places = ONE_OF_TWO_PROCESSES, tmp_path, REPOSITORY, REPOSITORY / "tests", tmp_path
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        processes = [
+            pool.submit(run_elsewhere, *places, **environment, KERAS_DISTRIBUTION_PROCESS_ID=str(number))
+            for number in range(2)
+        ]
+        found = [json.loads(process.result().splitlines()[-1]) for process in processes]
+    for each in found:
+        alone, together = each["curves"]
+        assert set(alone) == {"loss", "val_loss", "predicted"}
+        for name, curve in alone.items():
+            assert together[name] == pytest.approx(curve, rel=1e-4)
+        flags, epochs, devices = each["errors"]
+        assert flags == epochs
+        assert re.match(r"the processes differ in flags, or in the epoch to resume from; ", epochs)
+        assert re.match(r"--devices must be 2 here: 1 in each of 2 processes", devices)
+    assert found[0] == found[1]
 
 
 def test_logged_curves_can_be_read_by_tensorboard(tmp_path):
