@@ -117,12 +117,13 @@ def scale(data_dir, training, test):
     """Returns the FID (768-d) to test images of images that are not generated: dict from what they are to float.
 
     They are as many `training` images; the test images blurred; CIFAR-10, where `data_dir` holds the cache of the other
-    scripts; and uniform noise.
+    scripts and these are other images; and uniform noise.
     """
     count, path = min(len(training), len(test)), Path(data_dir) / "cache" / "cifar10" / "test_images.npy"
-    noise = np.random.default_rng(0).integers(0, 256, test[:count].shape, dtype=np.uint8)
     others = {"training images": training[:count], "blurred test images": blurred(test[:count])}
-    others |= ({"CIFAR-10 test images": np.load(path)[:count]} if path.exists() else {}) | {"uniform noise": noise}
+    cifar10 = np.load(path)[:count] if path.exists() else test[:count]
+    others |= {} if np.array_equal(cifar10, test[:count]) else {"CIFAR-10 test images": cifar10}
+    others["uniform noise"] = np.random.default_rng(0).integers(0, 256, test[:count].shape, dtype=np.uint8)
     weights = load_network(data_dir)
     reference = cached_features(weights, test[:count], data_dir, "test images")
     return {

@@ -188,6 +188,7 @@ def test_scale_orders_images_by_what_was_done_to_them(constant_network, tmp_path
     assert fid.scale(tmp_path, images[0], images[1])["CIFAR-10 test images"] == pytest.approx(
         fid.scale(tmp_path, images[0], images[1])["training images"]
     )
+    assert "CIFAR-10 test images" not in fid.scale(tmp_path, images[1], images[0])  # whose test images they are
 
 
 def test_novelty_tells_copies_from_new_images():
