@@ -503,9 +503,8 @@ def measure_generator(name, model, config, judge, split, arguments, on_sample):
     measured = {"class_agreement": float(np.mean(predict(judge, images).argmax(1) == labels))}
     if on_sample or count < fid.MIN_IMAGES:
         return measured
-    weights, folder = fid.load_network(arguments.data_dir), arguments.data_dir
-    known = fid.cached_features(weights, split.images[:count], folder, "test images")
-    return measured | fid.compare(fid.features(weights, images, "samples"), known)
+    compare = fid.comparison(arguments.data_dir, {"test images": split.images[:count]})
+    return measured | compare(images, "test images")
 
 
 class PegasusEvaluation(NamedTuple):
