@@ -15,7 +15,7 @@ EXPERIMENTS = {
     **{f"back looked for from time {time:g}": ("composition", {"layout": time}, {}) for time in (0.6, 0.85)},
     **{f"unconditional from time {time:g}": ("composition", {"heal": time}, {}) for time in (0.0, 0.35)},
     "collage": ("collage", {}, {}),
-    **{f"collage noised to time {time:g}": ("collage", {"start": time}, {}) for time in (0.3, 0.4, 0.7)},
+    **{f"collage noised to time {time:g}": ("collage", {"start": time}, {}) for time in (0.15, 0.2, 0.3, 0.4, 0.7)},
     **{f"collage, guidance of the wings {weight:g}": ("collage", {"second": weight}, {}) for weight in (1.5, 3.0, 8.0)},
 }
 QUICK = ("baseline", "collage")
