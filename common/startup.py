@@ -22,9 +22,9 @@ PROCESSES = [f"KERAS_DISTRIBUTION_{name}" for name in ("JOB_ADDRESSES", "NUM_PRO
 PATIENCE = 120  # seconds in which all processes must have started
 
 
-def _end(trouble, code=2):
+def _end(trouble, code=2, leave=sys.exit):
     os.write(_screen, f"error: {trouble}\n".encode())
-    os._exit(code)  # although a thread may still wait for other processes
+    leave(code)
 
 
 def _join_processes():
@@ -42,7 +42,8 @@ def _join_processes():
         thread.submit(jax.distributed.initialize, *where, initialization_timeout=2 * PATIENCE).result(PATIENCE)
         sys.excepthook = lambda *error: (sys.__excepthook__(*error), os._exit(1))  # JAX would wait for the others
     except (LookupError, OSError, OverflowError, RuntimeError, ValueError) as error:
-        _end(f"cannot start several processes ({reason(error)}); README.md says how to set {', '.join(PROCESSES)}")
+        trouble = f"cannot start several processes ({reason(error)})"
+        _end(f"{trouble}; README.md says how to set {', '.join(PROCESSES)}", leave=os._exit)  # a thread may still wait
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -62,7 +63,7 @@ _handler = signal.getsignal(signal.SIGINT)
 _main_thread = threading.current_thread() is threading.main_thread()  # only that one may set handlers
 with silent_stderr() as _screen:
     if _main_thread:  # Ctrl-C while TensorFlow is being imported would end in a traceback of a hundred lines.
-        signal.signal(signal.SIGINT, lambda *_: _end("interrupted while starting", INTERRUPTED))
+        signal.signal(signal.SIGINT, lambda *_: _end("interrupted while starting", INTERRUPTED, os._exit))
     try:
         if _several:
             _join_processes()
