@@ -138,7 +138,7 @@ def test_the_loss_is_the_one_of_the_config(loss, expected):
 def test_a_network_trains_and_comes_back_in_full_precision_with_averaged_weights(tmp_path):
     images = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype("float32")
     examples = {"images": images, "category": np.arange(8) % 3}
-    held_out, config = diffusion.with_fixed_noise(examples, (8, 8, 3)), Config(learning_rate=0.02, epochs=3)
+    held_out, config = diffusion.with_fixed_noise(examples, (8, 8, 3)), Config(learning_rate=0.05, epochs=3)
 
     def wrap(network):
         return diffusion.Trainer(network, config, 0, {"category": 3}, lambda images: images)
@@ -151,7 +151,7 @@ def test_a_network_trains_and_comes_back_in_full_precision_with_averaged_weights
         trainer = wrap(network)
         return network, curves, float(trainer.compute_loss(y_pred=trainer(held_out)))
 
-    network, curves, loss = train(0.99)
+    network, curves, loss = train(0.9)
     assert network.dtype_policy.name == "float32"
     assert np.isfinite([*curves["loss"], *curves["val_loss"]]).all()
     # The noise is the same after every epoch, and the weights are those that are returned, but for bfloat16.
@@ -159,7 +159,7 @@ def test_a_network_trains_and_comes_back_in_full_precision_with_averaged_weights
     _, last, loss = train(0.0)
     assert last["val_loss"][-1] == pytest.approx(loss, rel=2e-3)
     assert last["loss"] == pytest.approx(curves["loss"], rel=1e-3)  # averaging and measuring leave training alone
-    assert abs(last["val_loss"][-1] - curves["val_loss"][-1]) > 0.003
+    assert last["val_loss"][-1] - curves["val_loss"][-1] > 0.01
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
