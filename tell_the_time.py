@@ -462,8 +462,9 @@ def train(arguments):
         sample = split_images(clocks.load_clocks(arguments.data_dir, config.size, sample=True))["test"]
         parts = {**parts, "sample": sample}
         counts = {part: len(split.images) for part, split in parts.items()}
+        on_one_device = models.for_prediction(network, 0)
         metrics = {
-            part: measure(read_clocks(models.for_prediction(network, 0), images, config.representation), minutes)
+            part: measure(read_clocks(on_one_device, images, config.representation), minutes)
             for part, (images, minutes) in parts.items()
         }
         card = models.card(
