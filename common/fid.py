@@ -121,8 +121,8 @@ def scale(data_dir, training, test):
     """
     count, path = min(len(training), len(test)), Path(data_dir) / "cache" / "cifar10" / "test_images.npy"
     others = {"training images": training[:count], "blurred test images": blurred(test[:count])}
-    cifar10 = np.load(path)[:count] if path.exists() else test[:count]
-    others |= {} if np.array_equal(cifar10, test[:count]) else {"CIFAR-10 test images": cifar10}
+    if path.exists() and not np.array_equal(cifar10 := np.load(path)[:count], test[:count]):
+        others["CIFAR-10 test images"] = cifar10
     others["uniform noise"] = np.random.default_rng(0).integers(0, 256, test[:count].shape, dtype=np.uint8)
     weights = load_network(data_dir)
     reference = cached_features(weights, test[:count], data_dir, "test images")
