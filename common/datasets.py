@@ -308,7 +308,7 @@ def _dataset(source, sizes, arrays, class_names, checksums):
         raise ValueError(f"there are not {number} class names")
     fields = source.examples._fields
     train, test = (source.examples(*(arrays[f"{split}_{field}"] for field in fields)) for split in sizes)
-    return Dataset(source.name, train, test, tuple(class_names), checksums)
+    return Dataset(source.name, train, test, tuple(name.replace("_", " ") for name in class_names), checksums)
 
 
 # -------------------------------------------------------------------------------------------------------------- samples

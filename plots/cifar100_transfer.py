@@ -127,7 +127,7 @@ def draw_experiments(compared, folder):
 def draw_confusion(counts, path):
     """Confusion matrix of the 20 superclasses."""
     figure, axes = plt.subplots(figsize=(9, 8.5))
-    title = f"Superclasses of {counts.sum():,} test images (counts), own best network"
+    title = f"Superclasses of {counts.sum():,} test images (counts), our best network"
     figures.confusion_matrix(
         axes, counts, SUPERCLASSES, title, ("true superclass", "superclass of the predicted class")
     )
@@ -158,14 +158,14 @@ def draw_pairs(pairs, path):
             axes.set_axis_off()
         for axes, image in zip(part.axes, images, strict=False):
             figures.show_image(axes, image)
-        part.suptitle(title.replace("_", " "), x=0.02, ha="left", fontsize=9)
+        part.suptitle(title, x=0.02, ha="left", fontsize=9)
     figure.suptitle("Classes most often taken for each other: mistakes, and the first six of them", x=0.01, ha="left")
     return figures.save(figure, path)
 
 
 def draw_mistakes(images, titles, path):
     """The most confident mistakes, with true class and predicted class."""
-    title = "The most confident mistakes of the own best network: true class, and below it the predicted one"
+    title = "The most confident mistakes of our best network: true class, and below it the predicted one"
     return figures.save(figures.image_grid(images, 8, titles, title=title), path)
 
 

@@ -132,6 +132,7 @@ def test_every_loader_returns_what_was_prepared(name, small):
             assert values.dtype == np.int64
             assert values.tolist() == [example(name, i)[feature] for i in order]
     assert len(dataset.class_names) == {"smallnorb": 5, "cifar100": 100}.get(name, 10)
+    assert not [each for each in dataset.class_names if "_" in each]  # they are shown to people
     path = small / "cache" / name / "test_images.npy"
     assert dataset.checksums["test_images"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -463,6 +464,7 @@ def test_every_sample_is_small_balanced_and_like_the_dataset(name, monkeypatch):
     source = datasets.SOURCES[name]
     assert dataset.name == name
     assert len(dataset.class_names) == {"smallnorb": 5, "cifar100": 100}.get(name, 10)
+    assert not [each for each in dataset.class_names if "_" in each]  # they are shown to people
     assert all(type(each) is str for each in dataset.class_names)
     for split, size in source.sample_sizes.items():
         part = getattr(dataset, split)
