@@ -13,8 +13,8 @@ NAMES = {  # of the models, as a reader expects them
     "vgg_features_64": "VGG16, frozen, 64 × 64",
     "own_1": "plain",
     "own_2": "residual",
-    "own_3": "own best",
-    "own_3_seed_1": "own best, second seed",
+    "own_3": "best",
+    "own_3_seed_1": "best, second seed",
     "ensemble": "ensemble of own networks",
 }
 SUPERCLASSES = (
@@ -95,9 +95,7 @@ def draw_learning_curves(curves, path):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy")
-    figure.suptitle(
-        "Learning curves: training dashed (augmented images, dropout on), validation solid", x=0.01, ha="left"
-    )
+    figure.suptitle("Learning curves: training (dashed) and validation (solid)", x=0.01, ha="left")
     return figures.save(figure, path)
 
 
@@ -179,7 +177,7 @@ def draw_reliability(reliabilities, path):
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set(xlabel="mean confidence of a tenth of the test images", ylabel="accuracy of that tenth", aspect="equal")
-    axes.set_title("Above the diagonal: more often right than confident")
+    axes.set_title("Above the diagonal: underconfident")
     axes.legend(loc="lower right")
     return figures.save(figure, path)
 
@@ -192,6 +190,6 @@ def draw_ensemble(order, singles, ensembles, path):
     axes.plot(places, ensembles, "o-", color=figures.GREEN, label="this and all models to the left together")
     axes.set_xticks(places, [NAMES[name].replace(", ", ",\n") for name in order], fontsize=8)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set(ylabel="test accuracy", title="Mean probabilities of several models")
+    axes.set(ylabel="test accuracy", title="Ensembles of the first models of the list")
     axes.legend()
     return figures.save(figure, path)

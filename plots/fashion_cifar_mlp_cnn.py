@@ -77,7 +77,10 @@ def draw_transfer(rankings, path):
         for rank, other in enumerate(ranked["rank"], start=1):
             color = figures.ORANGE if abs(other - rank) > 1 else figures.BLUE
             panel.plot([0, 1], [rank, other], "o-", color=color, markersize=4)
-        labels = [f"{readable(name)}   {accuracy:.1%}" for name, accuracy in ranked["fashion"].items()]
+        labels = [
+            f"{readable(name).removeprefix('together: ').removesuffix(', bad on purpose')}   {accuracy:.1%}"
+            for name, accuracy in ranked["fashion"].items()
+        ]
         panel.set_yticks(range(1, len(ranked) + 1), labels, fontsize=9)
         right.set_yticks(ranked["rank"], [f"{accuracy:.1%}" for accuracy in ranked["cifar"]], fontsize=9)
         for side in (panel, right):
@@ -126,14 +129,15 @@ def draw_between(accuracies, examples, path):
     for place, images in enumerate(examples.values()):
         for number, image in enumerate(images):
             figures.show_image(figure.add_subplot(grid[place, count + number]), image)
-    figure.suptitle("From Fashion-MNIST to CIFAR-10, one difficulty at a time", x=0.01, ha="left")
+    figure.suptitle("Validation accuracy on Fashion-MNIST, CIFAR-10 and three datasets between them", x=0.01, ha="left")
     return figures.save(figure, path)
 
 
-def draw_confusion(counts, class_names, title, path):
-    """A confusion matrix of counts, int (10, 10), row the true class."""
-    figure, axes = plt.subplots(figsize=(7, 6.4))
-    figures.confusion_matrix(axes, counts, class_names, title)
+def draw_confusion(confusions, path):
+    """Confusion matrices side by side: dict from title to counts, int (10, 10), row the true class, and class names."""
+    figure, panels = plt.subplots(1, len(confusions), figsize=(7 * len(confusions), 6.4))
+    for axes, (title, (counts, class_names)) in zip(np.atleast_1d(panels), confusions.items(), strict=True):
+        figures.confusion_matrix(axes, counts, class_names, title)
     return figures.save(figure, path)
 
 

@@ -105,15 +105,18 @@ def draw_learning_curves(curves, labels, path):
         epochs = np.arange(1, len(of_network["loss"]) + 1)
         left.plot(epochs, of_network["val_loss"], style[0], color=style[1:])
         right.plot(epochs, of_network["validation_minutes"], style[0], color=style[1:])
-        ends.append((of_network["validation_minutes"][-1], label, style[1:]))
+        ends.append((of_network["validation_minutes"][-1], label, style))
     best = curves[0]["loss"]
     left.plot(np.arange(1, len(best) + 1), best, "--", color=figures.COLORS[0], label=f"training loss of\n{labels[0]}")
     height = 0.0
-    for value, label, color in sorted(ends):  # labels keep apart, each joined to the end of its line
+    for value, label, style in sorted(ends):  # labels keep apart, each joined to the end of its line
         height = max(height + 0.06, np.log(max(value, 1)) / np.log(400))
+        color, place = style[1:], {"transform": right.transAxes, "clip_on": False}
+        right.plot([1.14, 1.21], [height, height], style[0], color=color, **place)
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
-        at = {"xytext": (1.16, height), "textcoords": "axes fraction", "annotation_clip": False}
-        right.annotate(label, (len(best), value), color=color, va="center", fontsize=9, arrowprops=line, **at)
+        at = {"xytext": (1.14, height), "textcoords": "axes fraction", "annotation_clip": False}
+        right.annotate("", (len(best), value), arrowprops=line, **at)
+        right.text(1.225, height, label, color=color, va="center", fontsize=9, **place)
     left.set(yscale="log", xlabel="epoch", ylabel="loss on validation images, each in its own units")
     left.set_ylim(top=4 * left.get_ylim()[1])  # room for the legend
     right.set(xlabel="epoch", ylabel="mean common-sense error in minutes, validation images")
@@ -121,8 +124,8 @@ def draw_learning_curves(curves, labels, path):
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
     left.legend(loc="upper right")
-    left.set_title("Losses of different targets cannot be compared")
-    right.set_title("The common-sense error can")
+    left.set_title("Loss, each in its own units (not comparable)")
+    right.set_title("Common-sense error (comparable)")
     return figures.save(figure, path)
 
 

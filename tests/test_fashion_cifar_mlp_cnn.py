@@ -381,7 +381,7 @@ def test_saved_models_reach_what_their_cards_say(tmp_path):
     assert RESULTS.read_bytes() == before
     assert not (tmp_path / "report" / "results").exists()
     figures = {path.stem for path in (tmp_path / "report" / "figures" / task.SCRIPT).iterdir()}
-    of_models = {"learning_curves", "confusion_fashion", "confusion_cifar", "mistakes", "filters"}
+    of_models = {"learning_curves", "confusion", "mistakes", "filters"}
     assert figures == {*of_models, "factors_mlp", "factors_cnn", "transfer", "between"}
 
 

@@ -183,12 +183,13 @@ def test_finished_runs_are_not_run_again(tmp_path, capsys):
 def test_paired_comparison_uses_shared_seeds_and_the_noise_of_the_baseline():
     rows = [("baseline", seed, 0.5 + 0.01 * seed) for seed in range(5)]
     rows += [("better", 3, 0.93), ("better", 4, 0.94), ("same", 0, 0.505), ("same", 1, 0.515)]
+    rows += [("unstable", 0, 0.5), ("unstable", 1, 0.91)]
     table = pd.DataFrame(rows, columns=["name", "seed", "accuracy"])
     compared = results.paired_comparison(table, "accuracy")
-    assert compared["pairs"].tolist() == [5, 2, 2]
-    assert compared["difference"].tolist() == pytest.approx([0, 0.4, 0.005])
-    assert compared["noise"].tolist() == pytest.approx([np.std([0.0, 0.01, 0.02, 0.03, 0.04], ddof=1)] * 3)
-    assert compared["resolved"].tolist() == [False, True, False]
+    assert compared["pairs"].tolist() == [5, 2, 2, 2]
+    assert compared["difference"].tolist() == pytest.approx([0, 0.4, 0.005, 0.2])
+    assert compared["noise"].tolist() == pytest.approx([np.std([0.0, 0.01, 0.02, 0.03, 0.04], ddof=1)] * 4)
+    assert compared["resolved"].tolist() == [False, True, False, False]  # the pairs of the last one differ too much
     single = results.paired_comparison(table[table["seed"] == 0], "accuracy")
     assert single["noise"].isna().all()
     assert not single["resolved"].any()
