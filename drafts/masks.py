@@ -123,9 +123,16 @@ def room_needed(bodies, height, most):
 
 
 def move_down(images, pixels):
-    """Moves each image (n, side, side, ...) down by its number of `pixels` (n,); the first row is repeated above it."""
-    rows = np.maximum(np.arange(images.shape[1]) - pixels[:, None], 0)
-    return images[np.arange(len(images))[:, None], rows]
+    """Moves each image (n, side, side, channels), or mask, down by its number of `pixels` (n,).
+
+    Above it the first row is repeated, smoothed from side to side, since without that one sees its stripes.
+    """
+    rows = np.arange(images.shape[1]) - pixels[:, None]
+    moved = images[np.arange(len(images))[:, None], np.maximum(rows, 0)]
+    if images.ndim < 4:
+        return moved
+    first = ndimage.gaussian_filter1d(images[:, :1].astype("float32"), 2.5, axis=2, mode="nearest").astype(images.dtype)
+    return np.where((rows < 0)[:, :, None, None], first, moved)
 
 
 def best_seen(bodies, count):

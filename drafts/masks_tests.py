@@ -91,7 +91,11 @@ def test_a_horse_moves_down_until_there_is_room():
     moved = masks.move_down(images, drop)
     assert np.array_equal(moved[0], images[0])
     assert np.array_equal(moved[1, 4:], images[1, :28])
-    assert (moved[1, :4] == images[1, 0]).all()
+    above = moved[1, :4].astype(float)
+    assert (above == above[0]).all()
+    assert above[0].mean(axis=0) == pytest.approx(images[1, 0].mean(axis=0), abs=25)
+    assert above[0].std(axis=0).max() < images[1, 0].std(axis=0).min()  # smooth: no stripes
+    assert np.array_equal(masks.move_down(bodies, drop)[1, 4:], bodies[1, :28])
 
 
 def test_whole_horses_are_preferred():

@@ -1,7 +1,7 @@
-"""The comparisons of pegasus_gan.py with the trained diffusion model: one setting of a way changed at a time.
+"""The comparisons of pegasus_gan.py with the trained diffusion model: one setting of a method changed at a time.
 
-An experiment is (way, changed fields of `Composition`, other arguments of the way). The names are rows of the
-experiment table.
+An experiment is (method, changed fields of `Composition` or, of "learned", `Sampling`, other arguments of the method).
+The names are rows of the experiment table.
 """
 
 BASELINE_SEEDS, SEEDS = 5, 2  # the deviation of the baseline over its seeds is the noise of the comparison
@@ -10,19 +10,24 @@ EXPERIMENTS = {
     **{f"guidance of the wings {weight:g}": ("composition", {"second": weight}, {}) for weight in (1.5, 3.0, 8.0)},
     **{f"guidance of the horse {weight:g}": ("composition", {"first": weight}, {}) for weight in (1.0, 4.0)},
     **{f"wings {pixels} pixels high": ("composition", {}, {"height": pixels}) for pixels in (5, 7, 11)},
-    **{f"frame of the wings {pixels} pixels lower": ("composition", {"shift": pixels}, {}) for pixels in (0, 3, 9)},
+    **{f"wing class shifted by {pixels} pixels": ("composition", {"shift": pixels}, {}) for pixels in (0, 3, 9)},
     **{f"{count} correctors": ("composition", {"correctors": count}, {}) for count in (0, 2)},
-    **{f"back looked for from time {time:g}": ("composition", {"layout": time}, {}) for time in (0.6, 0.85)},
+    **{f"band located from time {time:g}": ("composition", {"layout": time}, {}) for time in (0.6, 0.85)},
     **{f"unconditional from time {time:g}": ("composition", {"heal": time}, {}) for time in (0.0, 0.35)},
     "collage": ("collage", {}, {}),
     **{f"collage noised to time {time:g}": ("collage", {"start": time}, {}) for time in (0.15, 0.2, 0.3, 0.4, 0.7)},
-    **{f"collage, guidance of the wings {weight:g}": ("collage", {"second": weight}, {}) for weight in (1.5, 3.0, 8.0)},
+    "collage, composed": ("collage", {}, {"composed": True}),
+    **{f"collage, guidance {weight:g}": ("collage", {"first": weight}, {}) for weight in (1.0, 4.0)},
+    "learned": ("learned", {}, {}),
+    **{f"learned, guidance {weight:g}": ("learned", {"guidance": weight}, {}) for weight in (1.0, 2.0, 5.0)},
+    "learned, 40 steps": ("learned", {"steps": 40}, {}),
 }
-QUICK = ("baseline", "collage")
+BASELINES = ("baseline", "collage", "learned")  # of each method
+QUICK = ("baseline", "collage", "learned")
 
 
 def runs(seed, quick):
     """Returns the planned runs, dicts of name and seed, in the order in which they are made."""
     names = QUICK if quick else EXPERIMENTS
-    counts = {name: BASELINE_SEEDS if name in ("baseline", "collage") and not quick else SEEDS for name in names}
+    counts = {name: BASELINE_SEEDS if name in BASELINES and not quick else SEEDS for name in names}
     return [{"name": name, "seed": seed + number} for name, count in counts.items() for number in range(count)]

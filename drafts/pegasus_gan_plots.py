@@ -10,10 +10,11 @@ from scipy import ndimage
 
 from common import figures
 
-WAYS = {
+METHODS = {
     "blend": "Blend",
     "composition": "Composition in space",
     "collage": "Collage of generated images",
+    "learned": "Learned from collages",
     "collage_real": "Collage of real images",
 }
 
@@ -45,27 +46,27 @@ def square(images, columns=8):
 
 
 def draw_pegasus(images, chosen, path):
-    """The best candidate of the way `chosen` unmodified and enlarged smoothly, and small the best of every way."""
-    mosaic = [["pixels", "smooth", way] for way in images]
+    """The best candidate of the method `chosen` unmodified and upsampled, and small the best of every method."""
+    mosaic = [["pixels", "smooth", method] for method in images]
     figure, axes = plt.subplot_mosaic(mosaic, figsize=(10, 5.1), width_ratios=[4, 4, 1])
     # Enlarged 12 times, pixel by pixel.
     axes["pixels"].imshow(images[chosen].repeat(12, axis=0).repeat(12, axis=1), interpolation="nearest")
-    axes["pixels"].set_title(f"Best of all by judge A: {WAYS[chosen].lower()}")
+    axes["pixels"].set_title(f"Best of all by judge A: {METHODS[chosen].lower()}")
     axes["smooth"].imshow(images[chosen], interpolation="lanczos")
-    axes["smooth"].set_title("The same, enlarged smoothly")
-    for way, image in images.items():
-        axes[way].imshow(image, interpolation="nearest")
-        axes[way].set_title(textwrap.fill(WAYS[way], 14), fontsize=8)
+    axes["smooth"].set_title("The same, upsampled (Lanczos)")
+    for method, image in images.items():
+        axes[method].imshow(image, interpolation="nearest")
+        axes[method].set_title(textwrap.fill(METHODS[method], 14), fontsize=8)
     for panel in axes.values():
         panel.set_axis_off()
     return figures.save(figure, path)
 
 
-def draw_unselected(images, way, path):
-    """The first batch of one way, unselected."""
+def draw_unselected(images, method, path):
+    """The first batch of one method, unselected."""
     shown = square(images)
     figure, axes = plt.subplots(figsize=(6, 6 * shown.shape[0] / shown.shape[1] + 0.3))
-    grid(axes, shown, title=f"{WAYS[way]}: the first {len(images)}, unselected")
+    grid(axes, shown, title=f"{METHODS[method]}: the first {len(images)}, unselected")
     return figures.save(figure, path)
 
 
@@ -87,7 +88,7 @@ def draw_way(stages, results, path, rows=4, columns=8):
             if mask.max() > 0.5:
                 places = np.arange(len(mask)) + 1
                 axes.contour(places + column * side, places + row * side, mask, [0.5], colors=figures.ORANGE)
-    axes.set_title("From noise to Pegasus: estimates of the image; outlined is where the guidance is that of the wings")
+    axes.set_title("From noise to Pegasus: estimates of the image; outline: region guided by the class of the wings")
     return figures.save(figure, path)
 
 
@@ -105,11 +106,13 @@ def draw_collages(collages, masks, images, path, columns=10):
 
 
 def draw_nearest(images, nearest, path, count=8):
-    """The first images of each way above their nearest training images, by the features of judge B."""
-    figure, panels = plt.subplots(2, 2, figsize=(10, 4.2))
-    for axes, (way, (distances, neighbours)) in zip(panels.flat, nearest.items(), strict=True):
-        shown = np.stack([images[way][:count], neighbours[:count]])
-        grid(axes, shown, columns=[f"{distance:.2f}" for distance in distances[:count]], title=WAYS[way])
+    """The first images of each method above their nearest training images, by the features of judge B."""
+    figure, panels = plt.subplots(-(-len(nearest) // 2), 2, figsize=(10, 0.2 + 1.95 * -(-len(nearest) // 2)))
+    for axes in panels.flat[len(nearest) :]:
+        axes.set_axis_off()
+    for axes, (method, (distances, neighbours)) in zip(panels.flat, nearest.items(), strict=False):
+        shown = np.stack([images[method][:count], neighbours[:count]])
+        grid(axes, shown, columns=[f"{distance:.2f}" for distance in distances[:count]], title=METHODS[method])
     figure.suptitle(
         "Winged horses above their nearest training images, with the distance in the features of judge B",
         x=0.01,
@@ -122,21 +125,21 @@ def draw_scores(scores, path):
     """Distribution of the score of judge B for every set of images: one point per image, and the median."""
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(scores) + 0.9))
     for place, (name, values) in enumerate(scores.items()):
-        way, _, pasted = name.partition(",")
-        color = figures.GREY if way not in WAYS else figures.ORANGE if pasted else figures.BLUE
+        method, _, pasted = name.partition(",")
+        color = figures.GREY if method not in METHODS else figures.ORANGE if pasted else figures.BLUE
         shown = values[:1000]
         height = place + np.random.default_rng(0).uniform(-0.3, 0.3, len(shown))
         axes.scatter(shown, height, s=4, color=color, alpha=0.5, linewidths=0)
         axes.plot([np.median(values)] * 2, [place - 0.4, place + 0.4], color=figures.BLACK)
     names = [
-        WAYS[name] if name in WAYS else f"{WAYS[name.split(',')[0]]}, raw" if "," in name else f"real: {name}"
+        METHODS[name] if name in METHODS else f"{METHODS[name.split(',')[0]]}, raw" if "," in name else f"real: {name}"
         for name in scores
     ]
     names = ["pixel averages of horse and bird" if "pixel" in name else name for name in names]
     axes.set_yticks(range(len(scores)), names)
     label = r"score of judge B: $\sqrt{p(\mathrm{horse}) \cdot \max(p(\mathrm{bird}), p(\mathrm{airplane}))}$"
     axes.set(xlim=(-0.02, 1.02), ylim=(len(scores) - 0.5, -0.5), xlabel=label)
-    axes.set_title("How much horse and wings images show; the bar is the median")
+    axes.set_title("Score of judge B per image; bars mark medians")
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     return figures.save(figure, path)
@@ -181,26 +184,27 @@ def draw_interpolation(images, strengths, path):
         axes,
         images,
         columns=columns,
-        title="From horse to Pegasus: the mask of the wings multiplied by the number above",
+        title="From horse to Pegasus: strength of the mask above each column",
     )
     return figures.save(figure, path)
 
 
 def draw_experiments(table, path):
     """Scores of judge A, rows of the experiment table: one setting changed at a time, one point per seed."""
-    ways = [way for way in ("composition", "collage") if (table["way"] == way).any()]
-    counts = [table[table["way"] == way]["name"].nunique() for way in ways]
+    methods = [method for method in ("composition", "collage", "learned") if (table["method"] == method).any()]
+    counts = [table[table["method"] == method]["name"].nunique() for method in methods]
     figure, panels = plt.subplots(
-        len(ways), 1, figsize=(8, 1.6 + 0.26 * sum(counts)), height_ratios=counts, sharex=True, squeeze=False
+        len(methods), 1, figsize=(8, 1.6 + 0.26 * sum(counts)), height_ratios=counts, sharex=True, squeeze=False
     )
-    for axes, way in zip(panels[:, 0], ways, strict=True):
-        groups = table[table["way"] == way].groupby("name", sort=False)["score"]
-        values = {name.removeprefix("collage, "): points.tolist() for name, points in groups}
+    for axes, method in zip(panels[:, 0], methods, strict=True):
+        groups = table[table["method"] == method].groupby("name", sort=False)["score"]
+        values = {name.removeprefix(f"{method}, "): points.tolist() for name, points in groups}
         baseline = next(iter(values))
         noise = np.std(values[baseline], ddof=1) if len(values[baseline]) > 1 else None
         figures.experiments(axes, values, baseline, "mean score of judge A", noise)
-        axes.set_title(f"{WAYS[way].split(' of ')[0]}, one change at a time from the first row")
-    panels[0, 0].set_xlabel("" if len(ways) > 1 else "mean score of judge A")
+        axes.set_title(f"{METHODS[method].split(' of ')[0]}, one change at a time from the first row")
+    for axes in panels[:-1, 0]:
+        axes.set_xlabel("")
     return figures.save(figure, path)
 
 
@@ -351,5 +355,5 @@ def draw_gan(widths, discriminator_widths, path):
     axes.text(beside, height + 0.6, "Discriminator, spectral norm of every kernel 1", ha="center", fontsize=11)
     axes.set(xlim=(-3.4, 3.4), ylim=(bottom - 0.5, height + 0.85))
     axes.set_axis_off()
-    axes.set_title("The GAN: both networks are conditioned on the weights of the ten classes")
+    axes.set_title("The GAN: both networks are conditioned on the weights of the classes")
     return figures.save(figure, path)
