@@ -45,6 +45,7 @@ HORSE, WINGED = CLASSES.index("horse"), {name: CLASSES.index(name) for name in (
 CONDITIONS = (*CLASSES, *(f"horse with {name} wings" for name in WINGED))  # of the generators
 OVERSAMPLED = ("horse", "bird", "airplane", "deer")  # the generators see these classes twice per epoch
 NULL = {"classes": 0.0}  # weights of the classes that stand for "unconditional"
+PLAIN_HORSE = {"classes": np.eye(len(CONDITIONS), dtype="float32")[HORSE]}
 METHODS = ("blend", "composition", "collage", "learned", "collage_real")  # the last one with real horses and wings
 NUM_VALIDATION, SPLIT_SEED = 2000, 10
 BATCH, NUM_BATCHES, STRIDE = 64, 32, 1000  # candidates per batch, batches per method, batch seeds per --seed
@@ -107,8 +108,9 @@ FILES = {name: "gan_generator" if name == "gan" else name for name in CONFIGS}  
 SAMPLING = diffusion.Sampling("ddpm", steps=25, guidance=1.5, spacing=1.5)  # of samples that are measured
 DETERMINISTIC_SAMPLING = diffusion.Sampling("ddim", steps=10, guidance=1.5, spacing=1.5)  # for few images; reproducible
 HIGH_GUIDANCE_SAMPLING = diffusion.Sampling("ddim", steps=20, guidance=3.0, spacing=1.5)  # of horses, birds and blends
+LEARNED_SAMPLING = diffusion.Sampling("ddim", steps=20, guidance=4.0, spacing=1.5)
 COMPOSITION = Composition()
-COLLAGE = Composition(start=0.55, layout=1.0, steps=16, spacing=1.0, shift=0, correctors=0)
+COLLAGE = Composition(start=0.2, layout=1.0, steps=16, spacing=1.0, shift=0, correctors=0)
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -349,6 +351,7 @@ class Tools(NamedTuple):
     """What draws winged horses. Every model compiles once per batch size."""
 
     sampler: diffusion.Sampler  # conditioned on the same classes everywhere
+    learned: diffusion.Sampler  # guided away from `PLAIN_HORSE`, which exaggerates the wings
     plain: diffusion.SpatialGuidance  # one step of that
     spatial: diffusion.SpatialGuidance  # one step, conditioned on two classes by a mask
     maps: keras.Model  # see `find_objects`
@@ -358,16 +361,18 @@ def make_tools(network, judge, config, quick=False):
     """Returns the `Tools` of a diffusion network and judge A."""
     guidance = functools.partial(diffusion.SpatialGuidance, network, config.target, (-1, 1))
     parts = training.without_xla(guidance(False)), training.without_xla(guidance(True)), build_maps(judge)
-    return Tools(build_sampler(network, config, HIGH_GUIDANCE_SAMPLING, quick), *parts)
+    sampler = build_sampler(network, config, HIGH_GUIDANCE_SAMPLING, quick)
+    return Tools(sampler, build_sampler(network, config, LEARNED_SAMPLING, quick, PLAIN_HORSE), *parts)
 
 
 def build_maps(judge):
     return training.without_xla(keras.Model(judge.input, judge.get_layer("evidence").output))
 
 
-def build_sampler(network, config, sampling, quick=False):
+def build_sampler(network, config, sampling, quick=False, null=NULL):
+    """Returns a sampler that is guided away from the condition `null`."""
     sampling = dataclasses.replace(sampling, steps=QUICK_STEPS) if quick else sampling
-    return training.without_xla(diffusion.Sampler(network, config.target, sampling, NULL, (-1, 1)))
+    return training.without_xla(diffusion.Sampler(network, config.target, sampling, null, (-1, 1)))
 
 
 class Drawn(NamedTuple):
@@ -448,7 +453,8 @@ def draw_collage(tools, wings, seed, settings=COLLAGE, real=None, composed=False
 def draw(tools, method, wings, seed, real=None, quick=False):
     """Draws one batch of winged horses in one of `METHODS`; `real` are the images of "collage_real"."""
     if method in CONDITIONED:
-        return Drawn(sample(tools.sampler, CONDITIONED[method](wings), seed, len(wings)))
+        sampler = tools.learned if method == "learned" else tools.sampler
+        return Drawn(sample(sampler, CONDITIONED[method](wings), seed, len(wings)))
     function, settings = (draw_composition, COMPOSITION) if method == "composition" else (draw_collage, COLLAGE)
     settings = dataclasses.replace(settings, **({"steps": QUICK_STEPS} if quick else {}))
     return function(tools, wings, seed, settings, **({"real": real} if method == "collage_real" else {}))
@@ -634,8 +640,10 @@ def run_experiments(arguments):
         method, changed, options = plan.EXPERIMENTS[run["name"]]
         wings, seed = wing_classes(count), STRIDE - 1 - run["seed"]  # other seeds than those of reported batches
         if method == "learned":
-            sampling = dataclasses.replace(HIGH_GUIDANCE_SAMPLING, **changed)
-            images = sample(build_sampler(network, config, sampling, arguments.quick), learned(wings), seed, count)
+            sampling, null = dataclasses.replace(LEARNED_SAMPLING, **changed), NULL if options else PLAIN_HORSE
+            images = sample(
+                build_sampler(network, config, sampling, arguments.quick, null), learned(wings), seed, count
+            )
         else:
             function, settings = (draw_composition, COMPOSITION) if method == "composition" else (draw_collage, COLLAGE)
             settings = dataclasses.replace(settings, **changed | ({"steps": QUICK_STEPS} if arguments.quick else {}))

@@ -15,11 +15,14 @@ EXPERIMENTS = {
     **{f"band located from time {time:g}": ("composition", {"layout": time}, {}) for time in (0.6, 0.85)},
     **{f"unconditional from time {time:g}": ("composition", {"heal": time}, {}) for time in (0.0, 0.35)},
     "collage": ("collage", {}, {}),
-    **{f"collage noised to time {time:g}": ("collage", {"start": time}, {}) for time in (0.15, 0.2, 0.3, 0.4, 0.7)},
+    **{f"collage noised to time {time:g}": ("collage", {"start": time}, {}) for time in (0.1, 0.3, 0.4, 0.55, 0.7)},
+    "collage, conditional to the end": ("collage", {"heal": 0.0}, {}),
     "collage, composed": ("collage", {}, {"composed": True}),
     **{f"collage, guidance {weight:g}": ("collage", {"first": weight}, {}) for weight in (1.0, 4.0)},
     "learned": ("learned", {}, {}),
-    **{f"learned, guidance {weight:g}": ("learned", {"guidance": weight}, {}) for weight in (1.0, 2.0, 5.0)},
+    **{f"learned, guidance {weight:g}": ("learned", {"guidance": weight}, {}) for weight in (1.0, 2.0, 3.0, 6.0)},
+    "learned, guided away from no class": ("learned", {}, {"contrast": False}),
+    "learned, guided away from no class, 2": ("learned", {"guidance": 2.0}, {"contrast": False}),
     "learned, 40 steps": ("learned", {"steps": 40}, {}),
 }
 BASELINES = ("baseline", "collage", "learned")  # of each method

@@ -165,6 +165,18 @@ def test_learned_classes_are_those_of_the_collages():
     assert named == ["horse with airplane wings", "horse with bird wings"]
 
 
+def test_the_learned_classes_are_guided_away_from_plain_horses(tools):
+    classes = script.learned(WINGS)
+    images = script.draw(tools, "learned", WINGS, 0).images
+    horse = script.one_hot([script.HORSE] * 2)
+    sampling = dataclasses.replace(script.LEARNED_SAMPLING, steps=script.QUICK_STEPS, guidance=1.0)
+    unguided = script.build_sampler(tools.plain.network, TINY, sampling)
+    unguided.run_eagerly = True
+    horses, expected = (script.sample(each, horse, 0, 2).astype(int) for each in (tools.learned, unguided))
+    assert np.abs(horses - expected).max() <= 1  # from horses, nothing leads away
+    assert not np.array_equal(images, script.sample(tools.sampler, classes, 0, 2))
+
+
 def test_wings_come_from_one_class_or_from_both_in_turn():
     bird, airplane = script.WINGED["bird"], script.WINGED["airplane"]
     assert script.wing_classes(3).tolist() == [bird, airplane, bird]
@@ -230,7 +242,7 @@ def real():
 
 
 def test_a_collage_needs_no_hand_and_is_reproducible(tools, real):
-    settings = dataclasses.replace(script.COLLAGE, steps=2)
+    settings = dataclasses.replace(script.COLLAGE, steps=2, start=0.6)
     first, again = (script.draw_collage(tools, WINGS, 3, settings, real) for _ in range(2))
     assert np.array_equal(first.images, again.images)
     assert np.array_equal(first.collages, again.collages)
@@ -351,7 +363,7 @@ def test_experiments_change_what_exists():
         assert method in script.METHODS
         known = {field.name for field in dataclasses.fields(diffusion.Sampling)} if method == "learned" else fields
         assert changed.keys() <= known
-        assert options.keys() <= {"height", "composed"}
+        assert options.keys() <= {"height", "composed", "contrast"}
         assert changed or options or name in plan.BASELINES
     runs = plan.runs(5, quick=False)
     for name in plan.BASELINES:
