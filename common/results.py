@@ -215,16 +215,14 @@ def paired_comparison(table, metric, baseline="baseline"):
 
     Returns a `pandas.DataFrame` indexed by name, in the order of the table: `mean` of the metric, `difference` from the
     baseline (mean over the pairs), `pairs` (number), `noise` (standard deviation of the baseline over its runs, NaN for
-    a single one), and `resolved`: whether the difference exceeds twice the noise expected of such a mean and twice the
-    standard error of several pairs.
+    a single one), and `resolved`: whether the difference exceeds twice its standard error, by noise and by pairs.
     """
     runs = table.pivot(index="seed", columns="name", values=metric)[table["name"].unique()]
     differences = runs.sub(runs[baseline], axis="index")
     compared = pd.DataFrame({"mean": runs.mean(), "difference": differences.mean(), "pairs": differences.count()})
     compared["noise"] = runs[baseline].std()
-    expected = compared["noise"] * np.sqrt(2 / compared["pairs"])
-    found = differences.std() / np.sqrt(compared["pairs"])
-    compared["resolved"] = compared["difference"].abs() > 2 * np.maximum(expected, found.fillna(0))
+    spread = np.maximum(np.sqrt(2) * compared["noise"], differences.std().fillna(0))  # of one pair
+    compared["resolved"] = compared["difference"].abs() > 2 * spread / np.sqrt(compared["pairs"])
     return compared
 
 
