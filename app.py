@@ -1,4 +1,4 @@
-"""The saved models in a browser: read a clock, classify, generate, add digits, segment a photo.
+"""The saved models in a browser: read a clock, classify, generate, add digits, segment a photo, draw a Pegasus.
 
     make app              installs what is needed (requirements-app.txt) and serves http://localhost:7860
 
@@ -15,6 +15,7 @@ import html
 import math
 import os
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import numpy as np
 import addnist_classifier
 import cifar100_transfer
 import fashion_cifar_mlp_cnn
+import pegasus_gan
 import task1_smallnorb_cnn
 import task2_diffusion
 import tell_the_time
@@ -433,6 +435,57 @@ def tab_voc_segmentation():
     connect([file.change, model.change], segment_photo, [file, model], outputs)
 
 
+# -------------------------------------------------------------------------------------------------- winged horses
+
+
+@functools.cache
+def pegasus_tools():
+    """Returns what draws winged horses, and judge A."""
+    repository = types.SimpleNamespace(output_dir=cli.REPOSITORY)
+    (network, config, _), (judge, _, _) = (pegasus_gan.restore(repository, name) for name in ("diffusion", "judge_a"))
+    network, judge = models.for_prediction(network), models.for_prediction(judge)
+    return pegasus_gan.make_tools(network, judge, config), judge
+
+
+def draw_pegasus(method, wings, count, seed):
+    """Draws winged horses; returns them, tiled, the best one by judge A, and how long it took."""
+    with shown_errors():
+        started = time.time()
+        tools, judge = pegasus_tools()
+        images = pegasus_gan.draw(tools, method, pegasus_gan.wing_classes(count, wings), seed).images
+        scores = pegasus_gan.score(judge, images)
+        text = f"Scores from {scores.min():.2f} to {scores.max():.2f}, drawn in {time.time() - started:.0f} s"
+        return tiled(images, math.ceil(math.sqrt(count)), 3), enlarged(images[[scores.argmax()]], 12)[0], text
+
+
+def tab_pegasus_gan():
+    """A diffusion model that has seen horses, birds and airplanes draws horses with wings."""
+    score = (
+        "judge B, which says how much horse and wings an image shows, gives 64 unselected images of the learned class "
+    )
+    score += "{learned_score:.2f}, collages {collage_score:.2f}, compositions {composition_score:.2f}, blends "
+    score += "{blend_score:.2f}, and real horses {horse_score:.2f}; measured with {images:,} test images"
+    about(pegasus_gan, {"diffusion": score}, "python pegasus_gan.py --load --method learned --wings bird")
+    with gr.Row():
+        with gr.Column():
+            methods = {
+                "Learned: a class of its own, trained on collages": "learned",
+                "Collage: wings pasted, noised, denoised": "collage",
+                "Composition: wings in a band above the back": "composition",
+                "Blend: half horse, half wings, everywhere": "blend",
+            }
+            inputs = [
+                gr.Radio(list(methods.items()), value="learned", label="Method"),
+                gr.Radio([*pegasus_gan.WINGED, ("both in turn", None)], value="bird", label="Wings of"),
+                slider(4, 64, 16, step=4, label="Number of images"),
+                slider(0, 999, 0, label="Seed"),
+            ]
+            button = gr.Button("Draw", variant="primary")
+        with gr.Column():
+            outputs = [output_image("All of them"), output_image("The best one, by judge A"), gr.Markdown()]
+    connect([button.click], draw_pegasus, inputs, outputs)
+
+
 # --------------------------------------------------------------------------------------------------------- the page
 
 TABS = {
@@ -442,6 +495,7 @@ TABS = {
     "Add digits": tab_addnist_classifier,
     "Fashion-MNIST and CIFAR": tab_classifiers,
     "Segment a photo": tab_voc_segmentation,
+    "Draw a Pegasus": tab_pegasus_gan,
 }
 
 

@@ -1,8 +1,9 @@
-"""An optimizer that Keras lacks: Muon for the kernels of convolutions."""
+"""What Keras lacks for optimisation: Muon for the kernels of convolutions, and a constraint of their spectral norm."""
 
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -45,3 +46,15 @@ def orthogonalize(kernel, steps=5):
         factor, gram = ops.matmul(step, factor), ops.matmul(ops.matmul(step, gram), step)
     matrix = ops.matmul(factor, matrix)
     return ops.reshape(matrix if is_wide else ops.transpose(matrix), kernel.shape)
+
+
+class UnitSpectralNorm(keras.constraints.Constraint):
+    """Divides a kernel by its largest singular value after every step (Miyato et al. 2018 differentiate through it)."""
+
+    def __call__(self, kernel):
+        matrix = ops.reshape(kernel, (-1, kernel.shape[-1]))
+        right = np.random.default_rng(0).standard_normal((kernel.shape[-1], 1), dtype="float32")
+        for _ in range(8):
+            left = ops.normalize(ops.matmul(matrix, right), axis=0)
+            right = ops.normalize(ops.matmul(ops.transpose(matrix), left), axis=0)
+        return kernel / ops.norm(ops.matmul(matrix, right))

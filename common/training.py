@@ -402,3 +402,9 @@ def compile_options(steps):
         # A loop takes longer to compile than a single step, which a short training run never earns back.
         "steps_per_execution": STEPS_PER_EXECUTION if steps >= STEPS_PER_EXECUTION and not mirrored else 1,
     }
+
+
+def without_xla(model):
+    """Returns the model, whose `predict` TensorFlow now runs without XLA, which compiles for five times as long."""
+    model.jit_compile = compile_options(1)["jit_compile"]
+    return model

@@ -57,6 +57,7 @@ LIMITS = {
     "cosc420_assignment1": {"words": 1750},
     "idl_assignment1": {"pages": 10},
     "minimal_mastery": {"pages": 4},
+    "pegasus": {"words": 1000},
 }
 SPACE = "\N{NO-BREAK SPACE}"
 UNITS = {"pct": (100, f"{SPACE}%"), "points": (100, f"{SPACE}points"), "deg": (1, "°"), "num": (1, "")}  # factor, sign

@@ -74,6 +74,15 @@ ROWS = {
         "Chollet's encoder-decoder {models/encoder_decoder/test/foreground_iou .3f}; "
         "average training mask {references/average_mask/foreground_iou .3f}",
     ),
+    "pegasus_gan": (
+        "[A winged horse](report/pegasus.md) out of CIFAR-10: diffusion model, GAN",
+        "FID (768-d) of samples of all classes: diffusion, GAN; score of judge B of 64 unselected winged horses",
+        "{models/diffusion/test/fid_768 .2f}, {models/gan/test/fid_768 .2f}; "
+        "{models/diffusion/test/composition_score .2f} (n = {seeds d})",
+        "training images {fid_scale/training images .2f}, blurred ones {fid_scale/blurred test images .2f}; "
+        "horses {models/diffusion/test/horse_score .2f}, averages of horse and bird "
+        "{models/diffusion/test/pixel_average_score .2f}",
+    ),
     "addnist_classifier": (
         "[AddNIST](report/minimal_mastery.md) with fewer than 100,000 parameters, pure JAX",
         "accuracy, 20 classes",

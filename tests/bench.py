@@ -39,9 +39,10 @@ SCRIPTS = {  # script -> the model that is trained; None for pure JAX, which has
     "tell_the_time": "best_75",
     "cifar100_transfer": "own_3",
     "voc_segmentation": "unet_bilinear",
+    "pegasus_gan": "diffusion",
     "addnist_classifier": None,
 }
-SAMPLING = {"task2_diffusion": 64}  # script -> number of images
+SAMPLING = {"task2_diffusion": 64, "pegasus_gan": 64}  # script -> number of images
 BATCHES, ROUNDS = 32, 5
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import cifar100_transfer
 import fashion_cifar_mlp_cnn
+import pegasus_gan
 import tell_the_time
 import voc_segmentation
 from common import clocks
@@ -148,6 +149,16 @@ def test_networks_on_vgg16_classify_as_in_their_script(tmp_path):
             name, percent = most_probable.rstrip(" %").split(": ")
             assert name == dataset.class_names[probabilities.argmax()]
             assert float(percent) == pytest.approx(100 * probabilities.max(), abs=0.3)
+
+
+def test_winged_horses_are_drawn_as_the_command_does(tmp_path):
+    images, best, text = app.draw_pegasus("composition", "bird", 4, 0)
+    assert images.shape[:2] == (2 * (3 * 32 + 4), 2 * (3 * 32 + 4))
+    assert best.shape == (12 * 32, 12 * 32, 3)
+    assert text.startswith("Scores from 0.")
+    tools, _ = app.pegasus_tools()
+    expected = pegasus_gan.draw(tools, "composition", pegasus_gan.wing_classes(4, "bird"), 0).images
+    np.testing.assert_array_equal(images[2:98:3, 2:98:3], expected[0])
 
 
 def test_a_photo_is_segmented_as_the_command_does(tmp_path):
@@ -302,6 +313,11 @@ def test_every_tab_works_in_a_browser(browser_page, clock_file, text_file):
     expect(tab.get_by_text("belongs to objects")).to_be_visible()
     assert tab.locator(".enlarged img").first.bounding_box()["width"] > 400  # small photos are enlarged
     shot("segmented")
+
+    tab = open_tab("Draw a Pegasus")
+    tab.get_by_role("button", name="Draw").click()
+    expect(tab.get_by_text("Scores from 0.")).to_be_visible()
+    shot("pegasus")
 
     assert not failures
     assert not [url for url in visited if not url.startswith(("http://127.0.0.1", "blob:", "data:"))]

@@ -1,10 +1,10 @@
-"""Muon, checked against its definition by singular values."""
+"""Muon and the constraint of the spectral norm, checked against their definitions by singular values."""
 
 import keras
 import numpy as np
 import pytest
 
-from common.optimizers import Muon, orthogonalize
+from common.optimizers import Muon, UnitSpectralNorm, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 4, 16), (3, 3, 2, 32)])
@@ -37,3 +37,12 @@ def test_kernels_keep_their_length_and_other_weights_follow_adam():
     change = kernel_after - kernel * np.sqrt(8) / np.linalg.norm(kernel)
     assert 0 < np.linalg.norm(change) < 0.1 * np.sqrt(8) * 1.3
     assert np.sum(change) < 0
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 16, 24), (40, 7), (12, 1)])
+def test_kernels_get_a_spectral_norm_close_to_1(shape):
+    kernel = np.random.default_rng(0).normal(size=shape).astype("float32")
+    bounded = keras.ops.convert_to_numpy(UnitSpectralNorm()(kernel)).reshape(-1, shape[-1])
+    # Power iteration approaches the largest singular value from below; random kernels have many that are close to it.
+    assert 1 - 1e-4 < np.linalg.norm(bounded, 2) < 1.15
+    assert np.allclose(bounded / np.linalg.norm(bounded), kernel.reshape(bounded.shape) / np.linalg.norm(kernel))

@@ -7,11 +7,11 @@ import shutil
 
 import keras
 import numpy as np
-import pegasus_gan as script
 import pytest
 from conftest import QUICK_COMPILATION, REPOSITORY, run_elsewhere, run_script
 from keras import layers, ops
 
+import pegasus_gan as script
 from common import diffusion, models
 from common.datasets import LabelledImages
 from common.optimizers import UnitSpectralNorm
