@@ -272,13 +272,13 @@ def fast_precision():
     """Returns the Keras dtype policy that trains fastest here: "mixed_bfloat16" or "float32".
 
     bfloat16 arithmetic, with weights kept in float32, nearly doubles the speed of convolutions on GPUs and on CPUs with
-    instructions for it (AMX, AVX-512 BF16), and slows every other CPU down.
+    AMX or of AMD with AVX-512 BF16. It slows every other CPU down, Intel's with AVX-512 BF16 but no AMX included.
     """
     if any("gpu" in device.lower() for device in keras.distribution.list_devices()):
         return "mixed_bfloat16"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fast = keras.backend.backend() == "tensorflow" and ("amx_bf16" in flags or "avx512_bf16" in flags)
-    return "mixed_bfloat16" if fast else "float32"
+    fast = "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in flags)
+    return "mixed_bfloat16" if fast and keras.backend.backend() == "tensorflow" else "float32"
 
 
 @contextlib.contextmanager
