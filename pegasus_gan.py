@@ -83,7 +83,7 @@ class GanConfig:
     average: float = 0.999  # momentum of the moving average of the weights
     learning_rate: float = 3e-4  # peak of the schedule
     batch_size: int = 64
-    epochs: int = 7  # of the images that the diffusion network is trained on
+    epochs: int = 5  # of the images that the diffusion network is trained on
 
 
 @dataclasses.dataclass(frozen=True)
