@@ -110,7 +110,7 @@ DETERMINISTIC_SAMPLING = diffusion.Sampling("ddim", steps=10, guidance=1.5, spac
 HIGH_GUIDANCE_SAMPLING = diffusion.Sampling("ddim", steps=20, guidance=3.0, spacing=1.5)  # of horses, birds and blends
 LEARNED_SAMPLING = diffusion.Sampling("ddim", steps=20, guidance=4.0, spacing=1.5)
 COMPOSITION = Composition()
-COLLAGE = Composition(start=0.2, layout=1.0, steps=16, spacing=1.0, shift=0, correctors=0)
+COLLAGE = Composition(start=0.2, layout=1.0, heal=0.0, steps=16, spacing=1.0, shift=0, correctors=0)
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -527,7 +527,7 @@ class PegasusEvaluation(NamedTuple):
     best: dict  # from each method to "seed", "index" and "score" of the best candidate by judge A
     best_images: dict  # from each method to that image
     scores: dict  # from the name of a set of images to their scores by judge B (n,)
-    nearest: dict  # from each method to distances (n,) of the first batch in features, and nearest training images
+    nearest: dict  # from each method to its best image and first batch, distances in features, nearest training images
 
 
 def evaluate_pegasus(tools, judges, splits, arguments, on_sample, best=None):
@@ -549,26 +549,30 @@ def evaluate_pegasus(tools, judges, splits, arguments, on_sample, best=None):
                 found[method], best_images[method] = top, batch.images[top["index"]]
         sets[method] = drawn[method].images
         if drawn[method].collages is not None:
-            sets[f"{method}, pasted"] = drawn[method].collages
+            sets[f"{method}_raw"] = drawn[method].collages
     scores = {name: score(judge, images) for name, images in sets.items()}
-    measured = {f"{name}_score": float(each.mean()) for name, each in scores.items() if "," not in name}
+    measured = {f"{name}_score": float(each.mean()) for name, each in scores.items()}
+    high = measured["high_horse_score"] = float(np.percentile(scores["horse"], 95))
     known, held_out = (extract_features(judge, split.images) for split in (train, test))
     of_test = [metrics.nearest_neighbours(*pair)[0] for pair in ((test.images, train.images), (held_out, known))]
-    together = np.concatenate([batch.images for batch in drawn.values()])
-    by_pixels = np.split(metrics.nearest_neighbours(together, train.images)[0], len(drawn))
+    shown = {method: np.concatenate([best_images[method][None], batch.images]) for method, batch in drawn.items()}
+    by_pixels = np.split(metrics.nearest_neighbours(np.concatenate([*shown.values()]), train.images)[0], len(shown))
     of_horses = metrics.mean_distance(of_class(train, "horse")[:count])
-    for (method, batch), pixels in zip(drawn.items(), by_pixels, strict=True):
-        features, index = metrics.nearest_neighbours(extract_features(judge, batch.images), known)
-        nearest[method] = features, train.images[index]
+    for (method, images), pixels in zip(shown.items(), by_pixels, strict=True):
+        features, index = metrics.nearest_neighbours(extract_features(judge, images), known)
+        nearest[method] = images, features, train.images[index]
+        ratios = pixels / np.median(of_test[0]), features / np.median(of_test[1])  # 1 is real
         measured |= {
-            f"{method}_neighbour_ratio": float(np.median(features) / np.median(of_test[1])),  # 1 is real
-            f"{method}_diversity": metrics.mean_distance(batch.images) / of_horses,
+            f"{method}_neighbour_ratio": float(np.median(ratios[1][1:])),
+            f"{method}_diversity": metrics.mean_distance(images[1:]) / of_horses,
         }
         if not on_sample:  # of few images, shares change in steps
             measured |= {
-                f"{method}_best_score": float(score(judge, best_images[method][None])[0]),
-                f"{method}_best_score_of_judge_a": float(score(judges["judge_a"], best_images[method][None])[0]),
-                f"{method}_above_horses": float(np.mean(scores[method] > np.percentile(scores["horse"], 95))),
+                f"{method}_best_score": float(score(judge, images[:1])[0]),
+                f"{method}_best_score_of_judge_a": float(score(judges["judge_a"], images[:1])[0]),
+                f"{method}_best_pixel_ratio": float(ratios[0][0]),
+                f"{method}_best_neighbour_ratio": float(ratios[1][0]),
+                f"{method}_above_horses": float(np.mean(scores[method] > high)),
                 f"{method}_nearer_than_test_pixels": float(np.mean(pixels < np.percentile(of_test[0], 1))),
                 f"{method}_nearer_than_test_features": float(np.mean(features < np.percentile(of_test[1], 1))),
             }
@@ -679,7 +683,9 @@ def report(arguments, measured=None):
         kept = ("epochs", "hardware", "shortened", "seconds", "parameters")
         of_models = {name: {key: card[key] for key in kept} for name, (*_, card) in restored.items()}
         of_models = {name: values | {part: measured[name][0]} for name, values in of_models.items()}
-        summary = {"script": f"{SCRIPT}.py", "models": of_models, "seeds": 1}
+        settings = {"composition": COMPOSITION, "collage": COLLAGE, "learned": LEARNED_SAMPLING, "samples": SAMPLING}
+        settings = {name: dataclasses.asdict(each) for name, each in settings.items()}
+        summary = {"script": f"{SCRIPT}.py", "models": of_models, "seeds": 1, "settings": settings}
         if {"diffusion", "gan"} & set(names) and not arguments.sample and not arguments.quick:
             summary["fid_scale"] = fid.scale(arguments.data_dir, splits["train"].images, splits["test"].images)
         written.append(results.write_results(SCRIPT, arguments, summary))
@@ -716,7 +722,7 @@ def draw_figures(plots, restored, evaluation, splits, arguments, folder):
         plots.draw_collages(collage.collages, collage.pasted, collage.images, folder / "collages.png"),
         plots.draw_network(config.widths, config.patch, config.blocks, folder / "diffusion_network.png"),
         plots.draw_gan(gan_config.widths, gan_config.discriminator_widths, folder / "gan_networks.png"),
-        plots.draw_nearest(unselected, evaluation.nearest, folder / "nearest.png"),
+        plots.draw_nearest(evaluation.nearest, folder / "nearest.png"),
         plots.draw_scores(evaluation.scores, folder / "scores.png"),
         plots.draw_samples(plain, CLASSES, folder / "samples.png"),
         plots.draw_learning_curves(curves, folder / "learning_curves.png"),

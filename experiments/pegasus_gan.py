@@ -16,7 +16,7 @@ EXPERIMENTS = {
     **{f"unconditional from time {time:g}": ("composition", {"heal": time}, {}) for time in (0.0, 0.35)},
     "collage": ("collage", {}, {}),
     **{f"collage noised to time {time:g}": ("collage", {"start": time}, {}) for time in (0.1, 0.3, 0.4, 0.55, 0.7)},
-    "collage, conditional to the end": ("collage", {"heal": 0.0}, {}),
+    "collage, unconditional throughout": ("collage", {"heal": 0.2}, {}),
     "collage, composed": ("collage", {}, {"composed": True}),
     **{f"collage, guidance {weight:g}": ("collage", {"first": weight}, {}) for weight in (1.0, 4.0)},
     "learned": ("learned", {}, {}),

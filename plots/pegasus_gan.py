@@ -105,16 +105,19 @@ def draw_collages(collages, masks, images, path, columns=10):
     return figures.save(figure, path)
 
 
-def draw_nearest(images, nearest, path, count=8):
-    """The first images of each method above their nearest training images, by the features of judge B."""
+def draw_nearest(nearest, path, count=8):
+    """The best and the first images of each method above their nearest training images, by the features of judge B.
+
+    `nearest` is a dict from the method to images, distances and neighbours.
+    """
     figure, panels = plt.subplots(-(-len(nearest) // 2), 2, figsize=(10, 0.2 + 1.95 * -(-len(nearest) // 2)))
     for axes in panels.flat[len(nearest) :]:
         axes.set_axis_off()
-    for axes, (method, (distances, neighbours)) in zip(panels.flat, nearest.items(), strict=False):
-        shown = np.stack([images[method][:count], neighbours[:count]])
+    for axes, (method, (images, distances, neighbours)) in zip(panels.flat, nearest.items(), strict=False):
+        shown = np.stack([images[:count], neighbours[:count]])
         grid(axes, shown, columns=[f"{distance:.2f}" for distance in distances[:count]], title=METHODS[method])
     figure.suptitle(
-        "Winged horses above their nearest training images, with the distance in the features of judge B",
+        "The best and the first winged horses above their nearest training images; distances in features of judge B",
         x=0.01,
         ha="left",
     )
@@ -125,18 +128,14 @@ def draw_scores(scores, path):
     """Distribution of the score of judge B for every set of images: one point per image, and the median."""
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(scores) + 0.9))
     for place, (name, values) in enumerate(scores.items()):
-        method, _, pasted = name.partition(",")
-        color = figures.GREY if method not in METHODS else figures.ORANGE if pasted else figures.BLUE
+        color = figures.BLUE if name in METHODS else figures.ORANGE if name.endswith("_raw") else figures.GREY
         shown = values[:1000]
         height = place + np.random.default_rng(0).uniform(-0.3, 0.3, len(shown))
         axes.scatter(shown, height, s=4, color=color, alpha=0.5, linewidths=0)
         axes.plot([np.median(values)] * 2, [place - 0.4, place + 0.4], color=figures.BLACK)
-    names = [
-        METHODS[name] if name in METHODS else f"{METHODS[name.split(',')[0]]}, raw" if "," in name else f"real: {name}"
-        for name in scores
-    ]
-    names = ["pixel averages of horse and bird" if "pixel" in name else name for name in names]
-    axes.set_yticks(range(len(scores)), names)
+    raw = {f"{method}_raw": f"{name}, not denoised" for method, name in METHODS.items()}
+    names = METHODS | raw | {"pixel_average": "Pixel averages of horse and bird"}
+    axes.set_yticks(range(len(scores)), [names.get(name, f"Real: {name}") for name in scores])
     label = r"score of judge B: $\sqrt{p(\mathrm{horse}) \cdot \max(p(\mathrm{bird}), p(\mathrm{airplane}))}$"
     axes.set(xlim=(-0.02, 1.02), ylim=(len(scores) - 0.5, -0.5), xlabel=label)
     axes.set_title("Score of judge B per image; bars mark medians")
