@@ -76,9 +76,10 @@ ROWS = {
     ),
     "pegasus_gan": (
         "[A winged horse](report/pegasus.md) out of CIFAR-10: diffusion model, GAN",
-        "FID (768-d) of samples of all classes: diffusion, GAN; score of judge B of 64 unselected winged horses",
+        "FID (768-d) of samples of all classes: diffusion, GAN; score (judge B) of 64 unselected winged horses: learned, "
+        "collage",
         "{models/diffusion/test/fid_768 .2f}, {models/gan/test/fid_768 .2f}; "
-        "{models/diffusion/test/composition_score .2f} (n = {seeds d})",
+        "{models/diffusion/test/learned_score .2f}, {models/diffusion/test/collage_score .2f} (n = {seeds d})",
         "training images {fid_scale/training images .2f}, blurred ones {fid_scale/blurred test images .2f}; "
         "horses {models/diffusion/test/horse_score .2f}, averages of horse and bird "
         "{models/diffusion/test/pixel_average_score .2f}",
