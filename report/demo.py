@@ -23,7 +23,7 @@ HEADLINES = {
     "cifar100_transfer": ("CIFAR-100", "own_3", "accuracy"),
     "tell_the_time": ("reading a clock", "best_150", "mean_minutes"),
     "voc_segmentation": ("VOC: foreground", "unet_bilinear", "foreground_iou"),
-    "pegasus_gan": ("winged horses", "diffusion", "composition_score"),
+    "pegasus_gan": ("winged horses", "diffusion", "learned_score"),
     "addnist_classifier": ("AddNIST", "shared", "accuracy"),
 }
 
