@@ -13,6 +13,10 @@ is used for reporting only.
     python pegasus_gan.py --load --method collage  draws 64 winged horses, no dataset
     python pegasus_gan.py --load --class horse     draws images of one class, no dataset
 
+FID (768-d) of 10,000 samples to the test images, n = 1: diffusion 0.53, GAN 0.74. Judge B scores 64 unselected winged
+horses 0.34 (learned), 0.31 and 0.25 (collages of real and of generated images), 0.18 (blend), 0.17 (composition), and
+real horses 0.22. Training took 92 (diffusion), 40 (GAN), 23 and 24 minutes (judges) on 2 cores of a server CPU.
+
 Sources: DDIM (Song, Meng & Ermon 2021), classifier-free guidance (Ho & Salimans 2022), composition of scores (Liu et
 al. 2022), SDEdit (Meng et al. 2022), projection discriminator (Miyato & Koyama 2018), DiffAugment (Zhao et al. 2020).
 """
