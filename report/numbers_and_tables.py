@@ -76,8 +76,8 @@ ROWS = {
     ),
     "pegasus_gan": (
         "[A winged horse](report/pegasus.md) out of CIFAR-10: diffusion model, GAN",
-        "FID (768-d) of samples of all classes: diffusion, GAN; score (judge B) of 64 unselected winged horses: learned, "
-        "collage",
+        "FID (768-d) of samples of all classes: diffusion, GAN; score (judge B) of 64 unselected winged horses: "
+        "learned, collage",
         "{models/diffusion/test/fid_768 .2f}, {models/gan/test/fid_768 .2f}; "
         "{models/diffusion/test/learned_score .2f}, {models/diffusion/test/collage_score .2f} (n = {seeds d})",
         "horses {models/diffusion/test/horse_score .2f}, averages of horse and bird "
