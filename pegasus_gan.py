@@ -624,7 +624,7 @@ def train(arguments):
         sizes = {part: len(split.images) for part, split in {**splits, "sample": sample_splits["test"]}.items()}
         about = {"dataset": {"name": dataset.name, **sizes, "sha256": dataset.checksums}, "curves": curves}
         about["metrics"] = {"sample": measured[name][0]}
-        card = models.card(SCRIPT, name, arguments, config=config, seed=seed, seconds=seconds, **about)
+        card = models.card(SCRIPT, FILES[name], arguments, config=config, seed=seed, seconds=seconds, **about)
         if "judge" not in name:
             card["dataset"]["collages"] = len(collages.images)
             card["steps"] = training.count_steps(len(examples(splits["train"], collages)["images"]), config)

@@ -444,7 +444,7 @@ def test_load_reproduces_the_metrics_and_writes_no_results(trained, first_verifi
     rows = verification(trained)
     assert rows
     assert all(row["agrees"] for row in rows)
-    recorded = [row["measured"] for row in first_verification if row["model"] == model]
+    recorded = [row["measured"] for row in first_verification if row["model"] == script.FILES[model]]
     assert [row["measured"] for row in rows] == recorded
     assert not path.exists()
 
