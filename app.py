@@ -462,9 +462,9 @@ def tab_pegasus_gan():
     """A diffusion model that has seen horses, birds and airplanes draws horses with wings."""
     score = (
         "judge B, which says how much horse and wings an image shows, gives 64 unselected images of the learned class "
+        "{learned_score:.2f}, collages {collage_score:.2f}, compositions {composition_score:.2f}, blends "
+        "{blend_score:.2f}, and real horses {horse_score:.2f}; measured with {images:,} test images"
     )
-    score += "{learned_score:.2f}, collages {collage_score:.2f}, compositions {composition_score:.2f}, blends "
-    score += "{blend_score:.2f}, and real horses {horse_score:.2f}; measured with {images:,} test images"
     about(pegasus_gan, {"diffusion": score}, "python pegasus_gan.py --load --method learned --wings bird")
     with gr.Row():
         with gr.Column():
