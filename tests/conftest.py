@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -49,6 +50,11 @@ def run_script(script, backend, *flags, fresh=False):
         env={**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": QUICK_COMPILATION},
         check=False,
     )
+
+
+def read_verification(script, output_dir):
+    """Returns the rows that a script wrote when it compared its metrics with the cards, a list of dicts."""
+    return json.loads((output_dir / "runs" / script / "verification.json").read_text())["rows"]
 
 
 def run_elsewhere(code, folder, *arguments, **environment):

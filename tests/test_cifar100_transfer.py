@@ -1,12 +1,11 @@
 """VGG16 and our own networks on CIFAR-100."""
 
 import dataclasses
-import json
 
 import keras
 import numpy as np
 import pytest
-from conftest import REPOSITORY, run_script
+from conftest import REPOSITORY, read_verification, run_script
 
 import cifar100_transfer as script
 from common import training
@@ -288,7 +287,7 @@ def test_trained_network_is_restored_with_the_same_metrics(tmp_path):
     done = run_script(SCRIPT, "tensorflow", "--load", *flags)
     assert done.returncode == 0
     assert "DIFFERS" not in done.stdout
-    rows = json.loads((tmp_path / "runs" / SCRIPT / "verification.json").read_text())["rows"]
+    rows = read_verification(SCRIPT, tmp_path)
     assert [row["metric"] for row in rows] == [
         "accuracy",
         "top_5_accuracy",

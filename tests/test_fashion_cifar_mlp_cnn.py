@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REPOSITORY, run_elsewhere, run_script
+from conftest import REPOSITORY, read_verification, run_elsewhere, run_script
 from keras import ops
 
 import fashion_cifar_mlp_cnn as task
@@ -364,8 +364,7 @@ command = functools.partial(run_script, task.SCRIPT)
 QUICK = ("--quick", "--sample")
 
 
-def verification(folder):
-    return json.loads((folder / "runs" / task.SCRIPT / "verification.json").read_text())["rows"]
+verification = functools.partial(read_verification, task.SCRIPT)
 
 
 def test_saved_models_reach_what_their_cards_say(tmp_path):

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import shutil
 
 import keras
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILATION, REPOSITORY, run_elsewhere, run_script
+from conftest import QUICK_COMPILATION, REPOSITORY, read_verification, run_elsewhere, run_script
 from keras import layers, ops
 
 import pegasus_gan as script
@@ -377,8 +376,7 @@ def test_experiments_change_what_exists():
 command = functools.partial(run_script, script.SCRIPT)
 
 
-def verification(folder):
-    return json.loads((folder / "runs" / script.SCRIPT / "verification.json").read_text())["rows"]
+verification = functools.partial(read_verification, script.SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import sys
 import urllib.request
 
 import pytest
-from conftest import QUICK_COMPILATION, REPOSITORY
+from conftest import QUICK_COMPILATION, REPOSITORY, read_verification
 
 SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py") if path.stem != "app")  # which imports them all
 SHARED_FLAGS = [
@@ -213,7 +213,7 @@ def test_scripts_train_and_restore_without_plots_and_experiments(script, run_bar
     code, output, errors = loaded[script]
     assert code == 0, errors
     assert "DIFFERS" not in output
-    rows = json.loads((folder / script / "runs" / script / "verification.json").read_text())["rows"]
+    rows = read_verification(script, folder / script)
     assert all(row["agrees"] and math.isfinite(row["measured"]) for row in rows)
 
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import QUICK_COMPILATION, REPOSITORY, run_elsewhere, run_script
+from conftest import QUICK_COMPILATION, REPOSITORY, read_verification, run_elsewhere, run_script
 from keras import ops
 
 import task2_diffusion as task
@@ -247,8 +247,7 @@ def test_stock_keras_opens_the_saved_models_from_an_empty_directory(tmp_path):
 command = functools.partial(run_script, task.SCRIPT)
 
 
-def verification(folder):
-    return json.loads((folder / "runs" / task.SCRIPT / "verification.json").read_text())["rows"]
+verification = functools.partial(read_verification, task.SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILATION, REPOSITORY, run_elsewhere, run_script
+from conftest import QUICK_COMPILATION, REPOSITORY, read_verification, run_elsewhere, run_script
 from PIL import Image
 
 import tell_the_time as task
@@ -368,8 +368,7 @@ def card_path(output_dir, model):
     return output_dir / "saved_models" / task.SCRIPT / f"{model}.json"
 
 
-def verification(output_dir):
-    return json.loads((output_dir / "runs" / task.SCRIPT / "verification.json").read_text())["rows"]
+verification = functools.partial(read_verification, task.SCRIPT)
 
 
 def test_train_writes_models_and_results(trained):

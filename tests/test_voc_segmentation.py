@@ -7,7 +7,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILATION, REPOSITORY, run_elsewhere, run_script
+from conftest import QUICK_COMPILATION, REPOSITORY, read_verification, run_elsewhere, run_script
 from PIL import Image
 
 import voc_segmentation as task
@@ -358,7 +358,7 @@ def test_load_reproduces_the_metrics_of_train_and_records_nothing(quick, monkeyp
     monkeypatch.setattr(results, "optional_module", lambda kind, script: None)  # figures were drawn before
     done = run_script(task.SCRIPT, "tensorflow", "--load", *flags)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((output_dir / "runs" / task.SCRIPT / "verification.json").read_text())["rows"]
+    rows = read_verification(task.SCRIPT, output_dir)
     assert [row["agrees"] for row in rows] == [True] * len(task.FROM_SCRATCH) * 12
     assert {path: path.read_bytes() for path in kept} == before
 
