@@ -58,8 +58,8 @@ class Config:  # of a training run
     noise_mean: float = -1.2  # of the logarithm of the noise levels in training, which is normally distributed
     noise_deviation: float = 1.2
     label_dropout: float = 0.1  # share of images whose class is withheld, for guidance
-    steps: int = 50_000  # optimisation steps
-    batch_size: int = 96
+    steps: int = 16_000  # optimisation steps
+    batch_size: int = 64
     learning_rate: float = 1e-3  # the highest, after warm-up and before cosine decay
     averages: tuple = (0.999, 0.9995, 0.9999)  # momenta of moving averages of the weights; one of them is saved
 
@@ -82,7 +82,7 @@ DATA_SEED = 2024  # of the held-out images and of the noise that the loss is mea
 CPU = jax.default_backend() == "cpu"  # where XLA takes three times as long for the gradients of convolutions
 PART = 16  # images whose gradients are computed together on a CPU, since those of more do not fit into its cache
 STEPS_PER_CHECKPOINT = 250  # optimisation steps, also between the points of the learning curves
-SNAPSHOT_STEPS = 10_000  # between weights that are kept to measure FID over training
+SNAPSHOT_STEPS = 4_000  # between weights that are kept to measure FID over training
 BATCH = 32 if CPU else 500  # of images that are generated or measured
 CURVE_ITEMS, MEASURED_ITEMS = 1000, 10_000  # of each split, at most: for learning curves, and for metrics
 HIGHEST, LOWEST, SPACING = 80.0, 0.002, 7  # noise levels of the sampler (Karras et al. 2022, equation 5)
