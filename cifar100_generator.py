@@ -548,18 +548,28 @@ def measure(network, parts, training, fid, seed):
     return metrics
 
 
+def beside(network, splits, fid, arguments):
+    """Returns what stands beside the metrics: those with other latents, and the FID of images not generated."""
+    training, test = splits["train"].images, splits["test"].images
+    scale = importlib.import_module("common.fid").scale(arguments.data_dir, training, test)
+    return {"second_seed": fid(network, MEASURED_ITEMS, arguments.seed + 1, "test"), "scale": scale}
+
+
 def parts_of(arguments, splits):
     """Returns what is measured: splits by part, training images by part for novelty, and `fid_of` or None."""
-    sample, fid = load_data(arguments.data_dir, sample=True)[0], None
-    parts, training = splits | {"sample": sample["test"]}, {"test": splits["train"], "sample": sample["train"]}
+    parts, training, fid = dict(splits), {"test": splits["train"]}, None
+    if SAMPLE.exists():  # not where the script is alone
+        sample = load_data(arguments.data_dir, sample=True)[0]
+        parts, training = parts | {"sample": sample["test"]}, training | {"sample": sample["train"]}
     if arguments.load:
         parts = {"sample": parts["sample"]} if arguments.sample else splits
-    if not (arguments.quick or arguments.sample):  # which have too few images for FID
+    if arguments.quick or not (module := optional("common.fid", "FID and novelty are")):
+        return parts, {}, None
+    if not arguments.sample:  # which has too few images for FID
         images = {part: split.images[:MEASURED_ITEMS] for part, split in splits.items()}
-        compare = importlib.import_module("common.fid").comparison(arguments.data_dir, images, CLASSIFIER)
         memory = arguments.output_dir / "runs" / SCRIPT / "measured.json" if arguments.train else None
-        fid = functools.partial(fid_of, compare, memory)
-    return parts, {n: of.images for n, of in training.items() if n in parts and not arguments.quick}, fid
+        fid = functools.partial(fid_of, module.comparison(arguments.data_dir, images, CLASSIFIER), memory)
+    return parts, {name: of.images for name, of in training.items() if name in parts}, fid
 
 
 def checksum_of(splits):
@@ -581,18 +591,18 @@ def with_flags(config, arguments, splits):
     return dataclasses.replace(config, batch_size=batch_size, steps=min(steps, 10) if arguments.quick else steps)
 
 
-def optional(folder):
-    """Returns this script's module in plots/ or experiments/, or None, with one line, where it is missing."""
+def optional(module, skipped):
+    """Returns a module of the repository, or None, with one line about what is `skipped`, where it is missing."""
     try:
-        return importlib.import_module(f"{folder}.{SCRIPT}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        print(f"{'figures' if folder == 'plots' else folder} are skipped: {error}")
+        print(f"{skipped} skipped: {error}")
 
 
 def compared_experiments(root):
     """Returns what experiments/ says about the table below `root`: dict from the name of an experiment to a dict."""
     table = root / "report" / "results" / f"{SCRIPT}_experiments.csv"
-    module = optional("experiments") if table.exists() else None
+    module = optional(f"experiments.{SCRIPT}", "experiments are") if table.exists() else None
     with reading(table, "move it away to start the experiments over"):
         return module.compare(table.read_text("utf-8")) if module else {}
 
@@ -602,14 +612,17 @@ def train(arguments):
     splits, class_names = load_data(arguments.data_dir, arguments.quick, arguments.sample)
     parts, training, fid = parts_of(arguments, splits)
     dataset = {"name": "CIFAR-100", **{name: len(split.labels) for name, split in parts.items()}}
-    dataset |= {"sha256": checksum_of(splits.values()), "sample_sha256": checksum_of([parts["sample"]])}
+    dataset |= {"sha256": checksum_of(splits.values()), "sample_sha256": checksum_of([parts.get("sample", ())])}
     config, seed = with_flags(CONFIG, arguments, splits), arguments.seed
     count, marks, used = budget(config)
     print(used)
     folder = arguments.output_dir / "runs" / SCRIPT / f"{MODEL}_seed_{seed}"
     trained = train_network(config, splits, seed, name=MODEL, folder=folder, resume=arguments.resume)
     averages, curves, seconds = trained
-    module, chosen = optional("experiments") if fid else None, (averages[0], Sampling(), [])
+    module, chosen = (
+        optional(f"experiments.{SCRIPT}", "experiments are") if fid else None,
+        (averages[0], Sampling(), []),
+    )
     parameters, sampling, choices = module.choose(TASK, averages, config, fid, folder) if module else chosen
     network = parameters, config, sampling  # after the last choice, the test images are read
     metrics = measure(network, parts, training, fid, seed)
@@ -619,11 +632,8 @@ def train(arguments):
     card |= {"epochs": round(config.steps * config.batch_size / len(splits["train"].labels), 1)}
     card |= {"steps": config.steps, "batch_size": config.batch_size, "penalty": marks, "seconds": seconds}
     card |= {"parameters": {"trainable": count, "total": count}, "metrics": metrics, "curves": curves}
-    card |= {"sampling": dataclasses.asdict(sampling), "choices": choices, "scale": {}, "second_seed": {}}
-    if fid:
-        card["second_seed"] = fid(network, MEASURED_ITEMS, seed + 1, "test")
-        scale = importlib.import_module("common.fid").scale
-        card["scale"] = scale(arguments.data_dir, splits["train"].images, splits["test"].images)
+    card |= {"sampling": dataclasses.asdict(sampling), "choices": choices, "second_seed": {}, "scale": {}}
+    card |= beside(network, splits, fid, arguments) if fid else {}
     card |= {"shortened": "--quick: few images and steps" if arguments.quick else None}
     write_file(path.with_suffix(".json"), card | {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     print(used, f"wrote {write_results(arguments.output_dir)}", sep="\n")
@@ -651,16 +661,17 @@ def report(arguments, measured=None):
         agrees = None if recorded is None else abs(value - recorded) <= tolerance * max(1, abs(recorded))
         rows.append(row | {"recorded": recorded, "agrees": agrees, "tolerance": tolerance})
     if arguments.record:
-        written.append(write_file(folder / f"{MODEL}.json", card | {"metrics": known | metrics}))
+        card |= {"metrics": known | metrics} | (beside(network, splits, fid, arguments) if fid else {})
+        written.append(write_file(folder / f"{MODEL}.json", card))
     if not (arguments.record and arguments.sample):  # which writes nothing but the card
         written += [write_results(folder.parent.parent)] if arguments.record else []
-        few = arguments.quick or arguments.sample
-        classifier = None if few else importlib.import_module("common.fid").load_classifier(CLASSIFIER)
         network[2] = dataclasses.replace(network[2], steps=2) if arguments.quick else network[2]
         generate = functools.partial(sample, *network, name="images of figures")
-        noise, plots = draw_noise(2 * NUM_CLASSES, arguments.seed), optional("plots")
-        drawn = compared_experiments(folder.parent.parent), splits, card, generate, noise, classifier
-        written += plots.draw(*drawn, arguments.output_dir / "report" / "figures" / SCRIPT) if plots else []
+        if plots := optional(f"plots.{SCRIPT}", "figures are"):
+            few, load = arguments.quick or arguments.sample, importlib.import_module("common.fid").load_classifier
+            drawn = compared_experiments(folder.parent.parent), splits, card, generate
+            drawn += draw_noise(2 * NUM_CLASSES, arguments.seed), None if few else load(CLASSIFIER)
+            written += plots.draw(*drawn, arguments.output_dir / "report" / "figures" / SCRIPT)
     print(f"\n{'metric':27}  measured  recorded (numbers agree where they differ by {tolerance} at most)")
     for r in rows:
         known = f"  {r['recorded']:8.4f}  {'agrees' if r['agrees'] else 'DIFFERS'}" if r["agrees"] is not None else ""
@@ -728,7 +739,7 @@ def main(argv=None):
     arguments.command = shlex.join(["python", flags.prog, *(sys.argv[1:] if argv is None else map(str, argv))])
     write_file(arguments.output_dir / "probe", bytes(30_000_000)).unlink()  # about what a training run writes
     if needed := "plots" if generating else "experiments" if arguments.experiments else None:
-        if module := optional(needed):
+        if module := optional(f"{needed}.{SCRIPT}", f"{needed}/ is"):
             return module.run(TASK, arguments)
         raise UserError(f"{needed}/ is needed for that; get it from the repository")
     return report(arguments, train(arguments) if arguments.train else None)

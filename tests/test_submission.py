@@ -331,27 +331,33 @@ def test_a_notebook_that_fails_is_one_line(code, message, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def mnist(tmp_path_factory):
-    """A folder of datasets with the MNIST sample in the place of MNIST."""
-    folder = tmp_path_factory.mktemp("data") / "cache" / "mnist"
-    folder.mkdir(parents=True)
-    checksums = {}
-    with np.load(REPOSITORY / "data" / "samples" / "mnist.npz") as sample:
-        for name in ("train_images", "train_labels", "test_images", "test_labels"):
-            np.save(folder / f"{name}.npy", sample[name])
-            checksums[name] = hashlib.sha256((folder / f"{name}.npy").read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps({"sha256": checksums}))
-    return folder.parent.parent
+def datasets(tmp_path_factory):
+    """A folder of datasets with the samples of MNIST and CIFAR-100 in their places."""
+    data = tmp_path_factory.mktemp("data")
+    for dataset in ("mnist", "cifar100"):
+        folder, checksums = data / "cache" / dataset, {}
+        folder.mkdir(parents=True)
+        with np.load(REPOSITORY / "data" / "samples" / f"{dataset}.npz") as sample:
+            for name in ("train_images", "train_labels", "test_images", "test_labels"):
+                np.save(folder / f"{name}.npy", sample[name])
+                checksums[name] = hashlib.sha256((folder / f"{name}.npy").read_bytes()).hexdigest()
+            about = {"sha256": checksums, "class_names": [str(name) for name in sample.get("class_names", ())]}
+        (folder / "manifest.json").write_text(json.dumps(about))
+    return data
 
 
-def test_the_classifier_runs_alone_in_an_empty_folder(mnist, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "flags"), [("addnist_classifier", ["--model", "shared"]), ("cifar100_generator", ["--batch-size", "8"])]
+)
+def test_the_single_files_run_alone_in_an_empty_folder(script, flags, datasets, tmp_path):
     bundle = submission.BUNDLES["minimal_mastery"]
-    (tmp_path / "abcd12-classifier.py").write_text(submission.source("addnist_classifier", bundle, NAME))
-    command = [sys.executable, "abcd12-classifier.py", "--train", "--quick", "--model", "shared", "--data-dir", mnist]
+    name = bundle.scripts[script].format(name=NAME)
+    (tmp_path / f"{name}.py").write_text(submission.source(script, bundle, NAME))
+    command = [sys.executable, f"{name}.py", "--train", "--quick", "--data-dir", datasets, *flags]
     environment = {**os.environ, "PYTHONPATH": "", "XLA_FLAGS": QUICK_COMPILATION}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "figures are skipped" in done.stdout
-    (card,) = tmp_path.glob("runs/quick/saved_models/abcd12-classifier/*.json")
-    assert json.loads(card.read_text())["script"] == "abcd12-classifier.py"
-    assert {path.name for path in tmp_path.iterdir()} == {"abcd12-classifier.py", "runs"}
+    (card,) = tmp_path.glob(f"runs/quick/saved_models/{name}/*.json")
+    assert json.loads(card.read_text())["script"] == f"{name}.py"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.py", "runs"}
