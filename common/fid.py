@@ -121,8 +121,13 @@ def scale(data_dir, training, test):
     """
     count, path = min(len(training), len(test)), Path(data_dir) / "cache" / "cifar10" / "test_images.npy"
     others = {"training images": training[:count], "blurred test images": blurred(test[:count])}
-    if path.exists() and not np.array_equal(cifar10 := np.load(path)[:count], test[:count]):
-        others["CIFAR-10 test images"] = cifar10
+    if path.exists():
+        try:
+            cifar10 = np.load(path)[:count]
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error!r:.100}); delete {path.parent}") from error
+        if not np.array_equal(cifar10, test[:count]):
+            others["CIFAR-10 test images"] = cifar10
     others["uniform noise"] = np.random.default_rng(0).integers(0, 256, test[:count].shape, dtype=np.uint8)
     weights = load_network(data_dir)
     reference = cached_features(weights, test[:count], data_dir, "test images")
@@ -161,7 +166,8 @@ def novelty(images, real, training):
 def load_classifier(path):
     """Returns a function from images to penultimate features and class probabilities of a saved Keras classifier.
 
-    None, with one line, where there is no such file or no Keras, which runs on JAX, unless it has been imported before.
+    None, with one line, where there is no such file or no Keras. Keras runs on JAX here, unless it has been imported
+    before. Raises `UserError` where the file is damaged.
     """
     if not (Path(path).exists() and importlib.util.find_spec("keras")):
         print(f"the metrics by our own classifier are skipped: {path} or Keras is missing")
@@ -169,8 +175,11 @@ def load_classifier(path):
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras  # slow, and not needed otherwise
 
-    model = keras.saving.load_model(path, compile=False)
-    model = keras.Model(model.inputs, [model.layers[-1].input, model.output])
+    try:
+        model = keras.saving.load_model(path, compile=False)
+        model = keras.Model(model.inputs, [model.layers[-1].input, model.output])
+    except Exception as error:  # Keras raises many kinds for a damaged file
+        raise UserError(f"{path} is damaged ({error!r:.100}); get it again from the repository") from error
     return lambda images: model.predict(images, batch_size=500, verbose=0)
 
 

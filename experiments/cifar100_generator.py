@@ -1,7 +1,8 @@
 """The planned comparisons of cifar100_generator.py: what is each choice worth, and how should images be generated?
 
-Training: one change at a time from a baseline with a short budget, judged by the loss on held-out images. The baseline
-runs with five seeds, whose standard deviation is the noise; a variant is compared with it on two seeds that both have.
+Training: one change at a time from a baseline with a short budget, judged by the loss on held-out images: conditional,
+at the noise levels that the baseline is trained with, by the best of its averages. It says nothing of guided samples.
+The baseline runs with five seeds, whose standard deviation is the noise; a variant shares two of them.
 Sampling: average and guidance of a finished network are chosen by FID (768-d) to held-out images.
 
 `task` is the module of the script, whose functions train and measure.
@@ -56,7 +57,8 @@ def read_rows(text):
     for row in rows:
         if not {"name", *BASELINE} <= row.keys() or None in row or None in row.values():
             raise ValueError("its columns are not those of this version")
-        if not all(math.isfinite(float(row[column])) for column in ("seed", "steps", "parameters", "valid_loss")):
+        numbers = int(row["seed"]), int(row["steps"]), int(row["parameters"]), float(row["valid_loss"])
+        if not all(map(math.isfinite, numbers)):
             raise ValueError("it has numbers that are not finite")
     return rows
 
@@ -94,7 +96,6 @@ def run(task, arguments):
         losses = [task.denoising_loss(average, splits["valid"], config) for average in averages]
         row = {"name": name, "seed": seed, **dataclasses.asdict(config), "parameters": task.budget(config)[0]}
         row |= {"seconds": round(seconds, 1), "loss": round(curves["loss"][-1], 5), "valid_loss": round(min(losses), 5)}
-        # Read again, as another process may have added rows.
         task.write_file(table, with_row(read_text(table), row).encode())
     print(summary(task.compared_experiments(arguments.output_dir)), f"finished runs are in {table}", sep="\n")
 

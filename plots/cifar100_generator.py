@@ -1,7 +1,5 @@
 """The figures of cifar100_generator.py: what they alone need is selected and arranged here, all else is handed in."""
 
-import dataclasses
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter, NullLocator
@@ -73,35 +71,23 @@ def tiled(images, columns):
     return rows.reshape(-1, columns * width, 3)
 
 
-def run(task, arguments):
-    """Generates the images that the command line asks for, of random classes where it names none, and writes them.
+def write_images(images, path, folder=None):
+    """Writes images as one grid, enlarged twice, and each in its own file where a `folder` is named.
 
-    The `.npz` holds `images` uint8 (n, 32, 32, 3), `label` (n,), index into `class_names`, and these. `task` is the
-    module of the script.
+    Returns what was written: list of paths, and a line about the folder.
     """
-    network, card = task.load_network(arguments.folder / f"{task.MODEL}.npz")
-    names, chosen, folder = card["class_names"], arguments.class_name, arguments.export
-    if chosen and chosen not in names:
-        raise task.UserError(f"there is no class {chosen}; choose one of {', '.join(names)}")
-    changed = {name: getattr(arguments, name) for name in ("steps", "guidance") if getattr(arguments, name) is not None}
-    network[2] = dataclasses.replace(network[2], **changed)
-    noise, labels = task.draw_noise(arguments.samples or SHOWN, arguments.seed)
-    labels = np.full_like(labels, names.index(chosen)) if chosen else labels
-    images = task.sample(*network, noise, task.ONE_HOT[labels], "samples")
-    path = arguments.output_dir / "runs" / task.SCRIPT / f"{chosen or 'all'}_seed_{arguments.seed}.npz"
-    written = [task.write_file(path, {"images": images, "label": labels, "class_names": names})]
-    written.append(write_image(images, path.with_suffix(".png"), 2))
-    for number, image in enumerate(images if folder else ()):
-        write_image(image[None], folder / f"{number:05}.png")
-    print("wrote", *written, *([f"{len(images):,} PNG files in {folder}"] if folder else []), sep="\n  ")
+    columns, written = int(np.ceil(np.sqrt(len(images)))), [path]
+    write_image(tiled(images, columns).repeat(2, axis=0).repeat(2, axis=1), path)
+    if folder:
+        for number, image in enumerate(images):
+            write_image(image, folder / f"{number:05}.png")
+        written.append(f"{len(images):,} PNG files in {folder}")
+    return written
 
 
-def write_image(images, path, scale=1):
-    """Writes images as one PNG file, a square grid of them enlarged by `scale`, or a single one. Returns `path`."""
-    grid = images[0] if len(images) == 1 else tiled(images, int(np.ceil(np.sqrt(len(images)))))
+def write_image(image, path):
     with figures.replacing(path) as temporary:
-        plt.imsave(temporary, grid.repeat(scale, axis=0).repeat(scale, axis=1))
-    return path
+        plt.imsave(temporary, image)
 
 
 def show(axes, images, columns, title):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -88,9 +89,8 @@ def test_the_network_keeps_to_the_budget():
     assert f"{count:,}" in text
 
 
-def test_averages_are_copies_of_one_network_of_the_counted_size():
+def test_initial_weights_depend_on_the_seed_and_keep_the_variance_of_maps():
     found = task.init_model(0, CONFIG)
-    assert sum(array.size for array in found.values()) == task.budget(CONFIG)[0]
     assert {array.dtype for array in found.values()} == {np.dtype("float32")}
     assert not np.array_equal(found["noise_kernel"], task.init_model(1, CONFIG)["noise_kernel"])
     kernel = task.init_model(0, task.CONFIG)["down_2_kernel"]  # 2 x 2 x 80 inputs
@@ -153,11 +153,7 @@ def test_gradients_of_parts_of_a_batch_add_up_to_those_of_the_batch(splits, monk
     for part in (4, CONFIG.batch_size):
         monkeypatch.setattr(task, "PART", part)
         config = dataclasses.replace(CONFIG, steps=100 + part)  # another one, so that the step is compiled again
-        found = task.init_model(0, config)
-        averages = tuple(jax.tree.map(jnp.copy, found) for _ in config.averages)
-        optimizer = task.make_optimizer(config).init(found)
-        state = task.State(found, averages, optimizer, jax.random.PRNGKey(1), jnp.zeros((), int))
-        results.append(task.advance(state, images, labels, config, 1))
+        results.append(task.advance(new_state(config), images, labels, config, 1))
     (parts, first), (whole, second) = results
     assert float(first) == pytest.approx(float(second), rel=1e-5)
     for one, other in zip(jax.tree.leaves(parts.optimizer), jax.tree.leaves(whole.optimizer), strict=True):
@@ -201,6 +197,24 @@ def test_heun_solves_a_known_equation_with_an_error_of_second_order():
 
     assert error(64) < 5e-3
     assert 3 < error(32) / error(64) < 5
+
+
+def test_guidance_applies_within_its_interval_only(parameters, monkeypatch):
+    calls = []
+
+    def denoise(parameters, noisy, sigma, conditions, guidance, config, guided):
+        calls.append((float(sigma[0]), guided))
+        return noisy
+
+    monkeypatch.setattr(task, "denoise", denoise)
+    noise = task.draw_noise(1, 0)[0]
+    task.sample(parameters, CONFIG, task.Sampling(low=0.2, high=3.0), noise, task.ONE_HOT[[3]])
+    assert len(calls) == 2 * 18 - 1
+    assert all(guided == (0.2 <= level <= 3) for level, guided in calls)
+    assert 0 < sum(guided for _, guided in calls) < len(calls)
+    calls.clear()
+    task.sample(parameters, CONFIG, task.Sampling(guidance=1.0), noise, task.ONE_HOT[[3]])
+    assert not any(guided for _, guided in calls)
 
 
 def test_samples_depend_on_the_seed_alone_and_not_on_their_number(parameters):
@@ -337,23 +351,50 @@ def test_sample_needs_no_other_file(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+def new_state(config, parameters=None):
+    found = jax.tree.map(jnp.array, parameters or task.init_model(0, config))
+    averages = tuple(jax.tree.map(jnp.copy, found) for _ in config.averages)
+    optimizer = task.make_optimizer(config).init(found)
+    return task.State(found, averages, optimizer, jax.random.PRNGKey(1), jnp.zeros((), int))
+
+
+@pytest.mark.parametrize("target", ["edm", "velocity"])
+def test_the_first_loss_is_that_of_a_network_that_returns_zero(splits, target):
+    config = dataclasses.replace(CONFIG, target=target, batch_size=64)
+    _, loss = task.advance(new_state(config), *map(jnp.asarray, splits["train"]), config, 1)
+    square = np.square(splits["train"].images / 127.5 - 1).mean()
+    variance = np.exp(2 * (-1.2 + 1.2 * np.random.default_rng(0).standard_normal(100_000)))  # of the noise
+    edm = np.mean((variance * square + 0.5**4) / (variance + 0.25) / 0.25)
+    assert float(loss) == pytest.approx(edm if target == "edm" else 1 + square, rel=0.02)
+
+
+def test_the_rarest_random_number_does_not_make_the_noise_infinite(splits, monkeypatch):
+    config = dataclasses.replace(CONFIG, batch_size=64, steps=77)  # another one, so that the step is compiled again
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, **_: jnp.full(shape, 1 - 2**-23))
+    assert np.isfinite(task.advance(new_state(config), *map(jnp.asarray, splits["train"]), config, 1)[1])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_classes_are_withheld_from_a_share_of_images(splits, parameters, share):
+    config = dataclasses.replace(CONFIG, label_dropout=share)
+    state, _ = task.advance(new_state(config, parameters), *map(jnp.asarray, splits["train"]), config, 2)
+    changed = np.flatnonzero((np.asarray(state.parameters["classes"]) != parameters["classes"]).any(axis=1))
+    assert (changed.tolist() == [100]) if share else (100 not in changed and len(changed) > 3)
+
+
 def test_many_steps_in_one_call_are_the_same_steps(splits):
     images, labels = (jnp.asarray(array) for array in splits["train"])
-
-    def state():
-        found = task.init_model(0, CONFIG)
-        averages = tuple(jax.tree.map(jnp.copy, found) for _ in CONFIG.averages)
-        optimizer = task.make_optimizer(CONFIG).init(found)
-        return task.State(found, averages, optimizer, jax.random.PRNGKey(1), jnp.zeros((), int))
-
-    together, mean = task.advance(state(), images, labels, CONFIG, 2)
-    one, first = task.advance(state(), images, labels, CONFIG, 1)
+    together, mean = task.advance(new_state(CONFIG), images, labels, CONFIG, 2)
+    one, first = task.advance(new_state(CONFIG), images, labels, CONFIG, 1)
     one, second = task.advance(one, images, labels, CONFIG, 1)
     assert int(one.step) == int(together.step) == 2
     assert float(mean) == pytest.approx((float(first) + float(second)) / 2, rel=1e-4)
     for name, array in one.parameters.items():
         assert np.allclose(array, together.parameters[name], atol=1e-4)
-    assert not np.allclose(one.averages[0]["output_kernel"], one.parameters["output_kernel"], atol=1e-7)
+    # The first step has a learning rate of 0; in the second one, a young average keeps 2 / 11 of what it was.
+    expected = (2 * task.init_model(0, CONFIG)["output_kernel"] + 9 * one.parameters["output_kernel"]) / 11
+    np.testing.assert_allclose(one.averages[0]["output_kernel"], expected, atol=1e-6)
+    assert not np.allclose(expected, one.parameters["output_kernel"], atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +524,9 @@ def test_experiments_are_compared_on_common_seeds():
     assert "not resolved" in experiments.summary(compared)
 
 
-@pytest.mark.parametrize("damage", [("0.5", "nan"), ("0.5", "high"), ("patch", "patches"), (",0.5", "")])
+@pytest.mark.parametrize(
+    "damage", [("0.5", "nan"), ("0.5", "high"), ("patch", "patches"), (",0.5", ""), ("a,0,", "a,0.0,")]
+)
 def test_damaged_table_of_experiments(tmp_path, damage):
     path = tmp_path / "report" / "results" / f"{task.SCRIPT}_experiments.csv"
     path.parent.mkdir(parents=True)
@@ -559,6 +602,7 @@ def test_average_and_guidance_are_chosen_by_the_lowest_fid(tmp_path, monkeypatch
         (["--train", "--record"], "use it with --load"),
         (["--load", "--quick", "--record"], "without --quick"),
         (["--train", "--class", "tiger"], "add --load"),
+        (["--load", "--samples", "2", "--record"], "are about metrics"),
         (["--load", "--train"], "not allowed with"),
         ([], "required"),
     ],
@@ -621,6 +665,49 @@ def test_load_reproduces_train_and_records_only_when_told(trained, tmp_path, mon
     assert task.main(flags) == 0
 
 
+def test_fid_decides_is_measured_and_is_recorded(arrays, tmp_path, monkeypatch, capsys):
+    """The whole of --train and --load --record, with a stand-in for the Inception network."""
+    fid, drawn = importlib.import_module("common.fid"), []
+
+    def comparison(data_dir, real, classifier_path):
+        return lambda images, part, labels=None: {"fid_768": float(images.std()), "compared": float(len(real[part]))}
+
+    monkeypatch.setattr(fid, "comparison", comparison)
+    monkeypatch.setattr(fid, "scale", lambda data_dir, training, test: {"training images": 0.02})
+    monkeypatch.setattr(fid, "load_classifier", lambda path: None)
+    monkeypatch.setattr(plots, "draw", lambda *handed: drawn.append(handed) or [])
+    monkeypatch.setattr(experiments, "NUM_SAMPLES", 20)
+    monkeypatch.setattr(task, "MEASURED_ITEMS", 20)
+    monkeypatch.setattr(task, "CONFIG", CONFIG)
+    write_cache(tmp_path / "cache" / "cifar100", arrays, np.arange(1000))
+    flags = ["--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]
+    assert task.main(["--train", "--seed", "3", *flags]) == 0
+    path = tmp_path / "saved_models" / task.SCRIPT / "diffusion.json"
+    card = json.loads(path.read_text())
+    rows = {row["varied"]: row for row in card["choices"]}
+    assert rows.keys() == {"average", "guidance", "interval", "steps"}
+    assert {row["compared"] for row in card["choices"]} == {20}
+    assert card["metrics"]["test"]["fid_768"] != card["second_seed"]["fid_768"]
+    assert card["scale"] == {"training images": 0.02}
+    path.write_text(json.dumps(card | {"second_seed": {}, "scale": {}}))
+    assert task.main(["--load", "--record", *flags]) == 0  # with the seed of the card
+    assert json.loads(path.read_text()) == card
+    results = json.loads((tmp_path / "report" / "results" / f"{task.SCRIPT}.json").read_text())
+    assert results["second_seed"] == card["second_seed"]
+    assert all(np.array_equal(handed[4][0], task.draw_noise(200, 3)[0]) for handed in drawn)
+    assert len(drawn) == 2
+    capsys.readouterr()
+    changed = arrays | {"test_images": arrays["test_images"][:, ::-1].copy()}
+    write_cache(tmp_path / "other" / "cache" / "cifar100", changed, np.arange(1000))
+    assert task.main(["--load", *flags, "--data-dir", str(tmp_path / "other")]) == 0
+    output = capsys.readouterr().out
+    assert "not compared" in output
+    assert "agrees" not in output
+    with pytest.raises(task.UserError, match="trained with other data"):
+        task.main(["--load", "--record", *flags, "--data-dir", str(tmp_path / "other")])
+    assert json.loads(path.read_text()) == card
+
+
 def test_a_script_that_is_alone_trains_and_says_what_it_cannot_measure(tmp_path, monkeypatch, capsys):
     sample = task.load_data(None, sample=True)
     monkeypatch.setattr(task, "load_data", lambda *_, **__: sample)
@@ -636,12 +723,13 @@ def test_a_script_that_is_alone_trains_and_says_what_it_cannot_measure(tmp_path,
     assert {part: list(metrics) for part, metrics in card["metrics"].items()} == {key: ["loss"] for key in sample[0]}
 
 
-@pytest.mark.parametrize("damage", ["weights", "card", "another network", "no card"])
+@pytest.mark.parametrize("damage", ["weights", "card", "another network", "no seed", "no card"])
 def test_damaged_network(trained, tmp_path, damage):
     folder = trained / "saved_models" / task.SCRIPT
     weights, text = (folder / "diffusion.npz").read_bytes(), (folder / "diffusion.json").read_text()
     (tmp_path / "diffusion.npz").write_bytes(weights[: -1 if damage == "weights" else None])
     text = text.replace('"model": "diffusion"', '"model": "other"') if damage == "another network" else text
+    text = text.replace('"seed"', '"seeds"') if damage == "no seed" else text
     if damage != "no card":
         (tmp_path / "diffusion.json").write_text(text[:-50] if damage == "card" else text)
     with pytest.raises(task.UserError, match=r"(is damaged|is missing).*get it again from the repository"):
