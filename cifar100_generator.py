@@ -83,7 +83,7 @@ CPU = jax.default_backend() == "cpu"  # where XLA takes three times as long for 
 PART = 16  # images whose gradients are computed together on a CPU, since those of more do not fit into its cache
 STEPS_PER_CHECKPOINT = 250  # optimisation steps, also between the points of the learning curves
 SNAPSHOT_STEPS = 4_000  # between weights that are kept to measure FID over training
-BATCH = 32 if CPU else 500  # of images that are generated or measured
+BATCH = 16 if CPU else 500  # of images that are generated or measured; more do not fit into the cache of a CPU
 CURVE_ITEMS, MEASURED_ITEMS = 1000, 10_000  # of each split, at most: for learning curves, and for metrics
 HIGHEST, LOWEST, SPACING = 80.0, 0.002, 7  # noise levels of the sampler (Karras et al. 2022, equation 5)
 DATA_DEVIATION = 0.5  # of pixel values, which are scaled to -1 to 1 (Karras et al. 2022, table 1)

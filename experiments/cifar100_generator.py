@@ -145,7 +145,7 @@ def summary(compared):
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 def choose(task, averages, config, fid, folder):
-    """Chooses average and guidance, one after the other; measures steps and snapshots of the training run beside them.
+    """Chooses average and guidance, one after the other, and measures `others` beside them.
 
     Args:
         averages: tuple of averaged weights, one for each of `config.averages`.
@@ -170,10 +170,15 @@ def choose(task, averages, config, fid, folder):
     number = min(range(len(averages)), key=lambda n: measured("average", n, usual))
     options = [dataclasses.replace(usual, guidance=guidance) for guidance in GUIDANCE]
     chosen = min(options, key=lambda sampling: measured("guidance", number, sampling))
-    measured("interval", number, dataclasses.replace(chosen, **EVERYWHERE))
-    for steps in STEPS:
-        measured("steps", number, dataclasses.replace(chosen, steps=steps))
-    for step in range(task.SNAPSHOT_STEPS, config.steps + 1, task.SNAPSHOT_STEPS):
-        if step == config.steps or (folder / f"snapshot_{step:05}.npz").exists():
-            measured("training", number, chosen, step)
+    for varied, sampling, step in others(task, chosen, config, folder):
+        measured(varied, number, sampling, step)
     return averages[number], chosen, rows
+
+
+def others(task, chosen, config, folder):
+    """Returns what is measured beside the choice, and decides nothing: list of (varied, `Sampling`, training step)."""
+    last, found = config.steps, [("interval", dataclasses.replace(chosen, **EVERYWHERE), config.steps)]
+    found += [("steps", dataclasses.replace(chosen, steps=steps), last) for steps in STEPS]
+    steps = range(task.SNAPSHOT_STEPS, last + 1, task.SNAPSHOT_STEPS)
+    kept = [step for step in steps if step == last or (folder / f"snapshot_{step:05}.npz").exists()]
+    return found + [("training", chosen, step) for step in kept]

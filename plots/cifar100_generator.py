@@ -169,28 +169,31 @@ def draw_curves(card, path):
 
 
 def draw_choices(choices, path):
-    """FID against averaging, guidance and steps of the sampler."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
+    """FID against averaging, guidance and steps of the sampler, as far as they were varied."""
     texts = {
         "average": ("half-life of the average in steps", "Averaging of the weights"),
         "guidance": ("guidance", "Guidance"),
         "steps": ("steps of the sampler", "Steps"),
     }
-    for panel, (varied, (label, title)) in zip(panels, texts.items(), strict=True):
-        rows = [row for row in choices if row["varied"] == varied]
+    rows_of = {varied: [row for row in choices if row["varied"] == varied] for varied in texts}
+    rows_of = {varied: rows for varied, rows in rows_of.items() if rows}
+    everywhere = [row for row in choices if row["varied"] == "interval"]
+    figure, panels = plt.subplots(1, len(rows_of), figsize=(11, 3.6), sharey=True)
+    for panel, (varied, rows) in zip(panels, rows_of.items(), strict=True):
         places = [np.log(0.5) / np.log(row["average"]) if varied == "average" else row[varied] for row in rows]
-        label_of_levels = f"at noise levels {rows[0]['low']:g} to {rows[0]['high']:g}"
-        panel.plot(places, [row["fid_768"] for row in rows], "o-", color=figures.BLUE, label=label_of_levels)
-        if varied != "guidance":
+        interval = f"at noise levels {rows[0]['low']:g} to {rows[0]['high']:g}"
+        panel.plot(places, [row["fid_768"] for row in rows], "o-", color=figures.BLUE, label=interval)
+        if varied == "guidance":
+            points = [row["guidance"] for row in everywhere], [row["fid_768"] for row in everywhere]
+            panel.plot(*points, "s", color=figures.ORANGE, label="at all noise levels" if everywhere else None)
+            panel.legend(title="guidance applied", loc="best")
+        else:
             panel.set_xscale("log")
             panel.xaxis.set_minor_locator(NullLocator())
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_xticks(places, [f"{place:.0f}" for place in places])
+        label, title = texts[varied]
         panel.set(xlabel=label, title=title)
-    everywhere = [row for row in choices if row["varied"] == "interval"]
-    points = [row["guidance"] for row in everywhere], [row["fid_768"] for row in everywhere]
-    panels[1].plot(*points, "s", color=figures.ORANGE, label="at all noise levels")
-    panels[1].legend(title="guidance applied", loc="best")
     panels[0].set_ylabel(FID)
     return figures.save(figure, path)
 
