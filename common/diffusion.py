@@ -465,14 +465,15 @@ def compose(plain, spatial, noisy, first, second, settings, seed, find_mask):
 
     for time, next_time in itertools.pairwise(times.tolist() if settings.start > 0 else ()):
         image = estimate(time)
-        if settings.heal < time <= settings.layout:
+        located = settings.heal < time <= settings.layout
+        if located:
             changed, mask = find_mask(image)
             if changed is not image:
                 image, noisy = changed, noised(changed, time, fresh())
         stages.append(Stage(time, image, mask))
         step = less_noisy("ddpm", noisy, image, rates(time), rates(next_time), fresh())
         noisy = ops.convert_to_numpy(step).astype("float32")
-        for _ in range(settings.correctors if mask.any() and next_time > settings.heal else 0):
+        for _ in range(settings.correctors if located and next_time > settings.heal else 0):
             step = langevin_step(noisy, estimate(next_time), rates(next_time), CORRECTOR_STEP, fresh())
             noisy = step.astype("float32")
     return noisy, stages

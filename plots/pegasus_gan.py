@@ -176,14 +176,14 @@ def draw_learning_curves(curves, path):
 
 
 def draw_interpolation(images, strengths, path):
-    """The same noise with wings of growing strength: images (rows, columns, height, width, 3)."""
+    """The same noise with a mask of growing strength: images (rows, columns, height, width, 3)."""
     figure, axes = plt.subplots(figsize=(9, 0.5 + 8.6 * images.shape[0] / images.shape[1]))
     columns = [f"{strength:.2g}" for strength in strengths]
     grid(
         axes,
         images,
         columns=columns,
-        title="From horse to Pegasus: strength of the mask above each column",
+        title="Composition from the same noise: strength of the mask above each column",
     )
     return figures.save(figure, path)
 
@@ -201,7 +201,7 @@ def draw_experiments(table, path):
         baseline = next(iter(values))
         noise = np.std(values[baseline], ddof=1) if len(values[baseline]) > 1 else None
         figures.experiments(axes, values, baseline, "mean score of judge A", noise)
-        axes.set_title(f"{METHODS[method].split(' of ')[0]}, one change at a time from the first row")
+        axes.set_title(f"{METHODS[method].split(' of ')[0]}, compared with the first row")
     for axes in panels[:-1, 0]:
         axes.set_xlabel("")
     return figures.save(figure, path)
@@ -260,10 +260,19 @@ def draw_network(widths, patch, blocks, path):
             arrow(axes, (below, y - 1.5), (edge, y), "upsampling", (0.5, 0))
     arrow(axes, (-inner, bottom), (0, bottom))
     arrow(axes, (0, bottom), (inner, bottom))
+    low = bottom - 0.55  # below the box in the middle
+    axes.plot([-inner, -inner, inner, inner], [bottom, low, low, bottom], color=figures.GREY, linewidth=1.3, zorder=0)
+    arrow(axes, (-inner, low), (inner, low), "skip connection", (-0.9, 0.1))
     box(axes, -edge, 1.5, "noisy image\n32 × 32 × 3", figures.GREEN)
     box(axes, edge, 1.5, "velocity\n32 × 32 × 3", figures.RED)
     arrow(axes, (-edge, 1.5), (-edge, 0), f"{patch} × {patch} pixels become\nchannels, convolution", (-0.75, 0))
-    arrow(axes, (edge, 0), (edge, 1.5), f"convolution, channels\nbecome {patch} × {patch} pixels", (0.75, 0))
+    arrow(
+        axes,
+        (edge, 0),
+        (edge, 1.5),
+        f"group norm, ReLU, convolution,\nchannels become {patch} × {patch} pixels",
+        (0.75, 0),
+    )
     text = "condition: embedding of time (sines) + class\nembeddings, mixed by the weights of the classes"
     box(axes, 0, 1.5, text, figures.ORANGE)
     for place in conditioned:

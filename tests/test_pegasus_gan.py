@@ -64,6 +64,9 @@ def test_networks_are_small_enough_and_have_the_right_outputs():
     images = generator({"noise": np.zeros((2, config.noise), "float32"), "classes": classes})
     assert images.shape == (2, 32, 32, 3)
     assert discriminator({"images": np.asarray(images), "classes": classes}).shape == (2, 1)
+    kernels = [layer for layer in discriminator.layers if hasattr(layer, "kernel")]
+    assert len(kernels) > 10
+    assert all(isinstance(layer.kernel_constraint, UnitSpectralNorm) for layer in kernels)
 
 
 def test_the_projection_term_is_the_dot_product_with_the_class_embedding():
@@ -229,6 +232,12 @@ def test_composition_finds_a_band_and_depends_on_wings_and_strength(tools):
     assert not np.array_equal(drawn.images, others)
 
 
+def test_a_mask_that_vanishes_gives_what_no_mask_gives(tools):
+    """From the same noise: also that of the correctors."""
+    images = [script.draw_composition(tools, WINGS, 0, SETTINGS, strength=s).images.astype(int) for s in (0.0, 1e-6)]
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
 def test_composition_of_strength_0_ignores_the_wings(tools):
     images = [script.draw_composition(tools, wings, 0, SETTINGS, strength=0.0).images for wings in (WINGS, WINGS[::-1])]
     assert np.array_equal(*images)
@@ -362,7 +371,7 @@ def test_experiments_change_what_exists():
         assert method in script.METHODS
         known = {field.name for field in dataclasses.fields(diffusion.Sampling)} if method == "learned" else fields
         assert changed.keys() <= known
-        assert options.keys() <= {"height", "composed", "contrast"}
+        assert options.keys() <= {"height", "composed", "away_from"}
         assert changed or options or name in plan.BASELINES
     runs = plan.runs(5, quick=False)
     for name in plan.BASELINES:
@@ -530,6 +539,8 @@ for name, config in script.CONFIGS.items():
         (["--load", "--method", "learned", "--class", "horse"], "not allowed with"),
         (["--load", "--model", "gan", "--method", "collage"], "use --method blend or learned"),
         (["--load", "--samples", "4", "--model", "judge_a"], "needs a trained generator"),
+        (["--load", "--samples", "4", "--record"], "are about metrics"),
+        (["--load", "--class", "horse", "--wings", "bird"], "leave out --class or --wings"),
     ],
 )
 def test_drawing_that_makes_no_sense_is_one_line(flags, trouble, tmp_path):
