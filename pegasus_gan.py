@@ -3,7 +3,7 @@
 Two class-conditional generators are trained on CIFAR-10 alone: a diffusion model and, for comparison, a GAN. The first
 generates winged horses by four methods: conditioned on a mixture of horse and bird (blend); guided towards the bird
 class in a band above the horse's back (composition); from a collage of a horse and a wing, noised and denoised; and
-conditioned on an extra class, learned from automatic collages of training images (learned). Two classifiers, trained on
+conditioned on extra classes, learned from automatic collages of training images (learned). Two classifiers, trained on
 composites of two images, estimate how much an image shows horse and bird or airplane; judge A ranks candidates, judge B
 is used for reporting only.
 
@@ -646,9 +646,10 @@ def run_experiments(arguments):
     path, count = results.table_path(arguments.output_dir, SCRIPT), QUICK_BATCH if arguments.quick else BATCH
     for run in results.unfinished(path, plan.runs(arguments.seed, arguments.quick)):
         method, changed, options = plan.EXPERIMENTS[run["name"]]
-        wings, seed = wing_classes(count), STRIDE - 1 - run["seed"]  # other seeds than those of reported batches
+        wings, seed = wing_classes(count), run["seed"] * STRIDE + STRIDE - 1  # no seed of a reported batch
         if method == "learned":
-            sampling, null = dataclasses.replace(LEARNED_SAMPLING, **changed), NULL if options else PLAIN_HORSE
+            sampling = dataclasses.replace(LEARNED_SAMPLING, **changed)
+            null = NULL if options.get("away_from") == "no class" else PLAIN_HORSE
             images = sample(
                 build_sampler(network, config, sampling, arguments.quick, null), learned(wings), seed, count
             )
@@ -777,6 +778,12 @@ def main(argv=None):
     if any(getattr(arguments, name) is not None for name in ("samples", "method", "wings", "class_name")):
         if not arguments.load or "judge" in (arguments.model or ""):
             raise UserError("drawing needs a trained generator; use --load, with --model diffusion or gan")
+        if arguments.record or arguments.quick or arguments.sample:
+            raise UserError(
+                "--record, --quick and --sample are about metrics; leave them out, or the options of drawing"
+            )
+        if arguments.class_name and arguments.wings:
+            raise UserError("--wings is about winged horses; leave out --class or --wings")
         if arguments.model == "gan" and arguments.method not in (None, *CONDITIONED):
             raise UserError(f"the GAN cannot do that; use --method {' or '.join(CONDITIONED)}")
         print("wrote", *draw_asked(arguments), sep="\n  ")

@@ -1,4 +1,4 @@
-"""The comparisons of pegasus_gan.py with the trained diffusion model: one setting of a method changed at a time.
+"""The comparisons of pegasus_gan.py with the trained diffusion model: a setting of a method changed at a time, or two.
 
 An experiment is (method, changed fields of `Composition` or, of "learned", `Sampling`, other arguments of the method).
 The names are rows of the experiment table.
@@ -21,8 +21,8 @@ EXPERIMENTS = {
     **{f"collage, guidance {weight:g}": ("collage", {"first": weight}, {}) for weight in (1.0, 4.0)},
     "learned": ("learned", {}, {}),
     **{f"learned, guidance {weight:g}": ("learned", {"guidance": weight}, {}) for weight in (1.0, 2.0, 3.0, 6.0)},
-    "learned, guided away from no class": ("learned", {}, {"contrast": False}),
-    "learned, guided away from no class, 2": ("learned", {"guidance": 2.0}, {"contrast": False}),
+    "learned, guided away from no class": ("learned", {}, {"away_from": "no class"}),
+    "learned, guided away from no class, guidance 2": ("learned", {"guidance": 2.0}, {"away_from": "no class"}),
     "learned, 40 steps": ("learned", {"steps": 40}, {}),
 }
 BASELINES = ("baseline", "collage", "learned")  # of each method
