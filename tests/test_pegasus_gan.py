@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import types
 
 import keras
 import numpy as np
@@ -360,6 +361,29 @@ def test_a_judge_that_knows_both_is_perfect():
     measured = script.measure_judge(Judge(), split)
     assert measured["copresence_auc"] == 1
     assert measured["accuracy"] == pytest.approx(8 / 12)
+
+
+def test_the_best_of_all_candidates_is_found_measured_and_drawn_again(tools, monkeypatch):
+    splits, _ = script.load_splits(None, sample=True)
+    monkeypatch.setattr(script, "BATCH", 4)
+    monkeypatch.setattr(script, "NUM_BATCHES", 2)
+    monkeypatch.setattr(script, "METHODS", ("blend", "learned"))  # the fastest ones
+    judges = {name: script.build_judge(script.JudgeConfig(widths=(8, 16))) for name in ("judge_a", "judge_b")}
+    arguments = types.SimpleNamespace(quick=False, seed=1)
+    found = script.evaluate_pegasus(tools, judges, splits, arguments, on_sample=False)
+    for method, best in found.best.items():
+        batches = [script.draw(tools, method, script.wing_classes(4), seed, splits["train"]) for seed in (1000, 1001)]
+        scores = np.array([script.score(judges["judge_a"], batch.images) for batch in batches])
+        assert best["score"] == pytest.approx(scores.max(), abs=1e-5)
+        assert scores[best["seed"] - 1000, best["index"]] == pytest.approx(scores.max(), abs=1e-5)
+        own = script.score(judges["judge_b"], batches[0].images)
+        assert found.metrics[f"{method}_score"] == pytest.approx(own.mean(), abs=1e-5)
+        above = own > np.percentile(found.scores["horse"], 95)
+        assert found.metrics[f"{method}_above_horses"] == above.mean()
+    again = script.evaluate_pegasus(tools, judges, splits, arguments, on_sample=False, best=found.best)
+    assert again.metrics == pytest.approx(found.metrics, abs=1e-5)
+    for method, image in found.best_images.items():
+        assert np.abs(again.best_images[method].astype(int) - image).max() <= 1
 
 
 # --------------------------------------------------------------------------------------------------------- experiments
