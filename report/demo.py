@@ -25,6 +25,7 @@ HEADLINES = {
     "voc_segmentation": ("VOC: foreground", "unet_bilinear", "foreground_iou"),
     "pegasus_gan": ("winged horses", "diffusion", "learned_score"),
     "addnist_classifier": ("AddNIST", "shared", "accuracy"),
+    "cifar100_generator": ("CIFAR-100: generation", "diffusion", "loss"),
 }
 
 

@@ -41,8 +41,9 @@ SCRIPTS = {  # script -> the model that is trained; None for pure JAX, which has
     "voc_segmentation": "unet_bilinear",
     "pegasus_gan": "diffusion",
     "addnist_classifier": None,
+    "cifar100_generator": None,
 }
-SAMPLING = {"task2_diffusion": 64, "pegasus_gan": 64}  # script -> number of images
+SAMPLING = {"task2_diffusion": 64, "pegasus_gan": 64, "cifar100_generator": 64}  # script -> number of images
 BATCHES, ROUNDS = 32, 5
 
 

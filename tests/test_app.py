@@ -161,6 +161,16 @@ def test_winged_horses_are_drawn_as_the_command_does(tmp_path):
     np.testing.assert_array_equal(images[2:98:3, 2:98:3], expected[0])
 
 
+def test_images_of_two_seeds_and_between_are_generated():
+    script, image = app.cifar100_generator, app.generate_cifar100("tiger", 3, 4)
+    assert image.shape == (2 * (5 * 32 + 4), 4 * (5 * 32 + 4), 3)
+    network, card = app.cifar100_network()
+    noise = np.concatenate([script.draw_noise(1, seed)[0] for seed in (3, 4)])
+    ends = script.sample(*network, noise, script.ONE_HOT[[card["class_names"].index("tiger")] * 2])
+    shown = image[2:162:5, 2:162:5], image[166:326:5, 494:654:5]
+    np.testing.assert_allclose(np.stack(shown).astype(int), ends, atol=1)
+
+
 def test_a_photo_is_segmented_as_the_command_does(tmp_path):
     shutil.copy(app.photos()[0], tmp_path / "photo.jpg")
     overlay, mask, text = app.segment_photo(str(tmp_path / "photo.jpg"), "unet_transposed")
@@ -318,6 +328,11 @@ def test_every_tab_works_in_a_browser(browser_page, clock_file, text_file):
     tab.get_by_role("button", name="Draw").click()
     expect(tab.get_by_text("Scores from 0.")).to_be_visible()
     shot("pegasus")
+
+    tab = open_tab("Generate CIFAR-100")
+    tab.get_by_role("button", name="Generate").click()
+    expect(tab.locator("img")).to_be_visible()
+    shot("cifar100_generated")
 
     assert not failures
     assert not [url for url in visited if not url.startswith(("http://127.0.0.1", "blob:", "data:"))]
