@@ -172,6 +172,7 @@ for script, (model, changes) in models.items():
                 task.CONFIG = dataclasses.replace(task.CONFIG, **changes)
             else:
                 flags += ["--model", model]
+            if model and changes:
                 task.CONFIGS[model] = dataclasses.replace(task.CONFIGS[model], **changes)
             cli.run(task.main, flags)
         except SystemExit as end:
