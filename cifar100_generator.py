@@ -631,11 +631,9 @@ def train(arguments):
     folder = arguments.output_dir / "runs" / SCRIPT / f"{MODEL}_seed_{seed}"
     trained = train_network(config, splits, seed, name=MODEL, folder=folder, resume=arguments.resume)
     averages, curves, seconds = trained
-    module, chosen = (
-        optional(f"experiments.{SCRIPT}", "experiments are") if fid else None,
-        (averages[0], Sampling(), []),
-    )
-    parameters, sampling, choices = module.choose(TASK, averages, config, fid, folder) if module else chosen
+    module = optional(f"experiments.{SCRIPT}", "experiments are") if fid else None
+    chosen = module.choose(TASK, averages, config, fid, folder) if module else (averages[0], Sampling(), [])
+    parameters, sampling, choices = chosen
     network = parameters, config, sampling  # after the last choice, the test images are read
     metrics = measure(network, parts, training, fid, seed)
     card = {"script": f"{SCRIPT}.py", "model": MODEL, "command": arguments.command, **environment()}
@@ -668,8 +666,11 @@ def generate(arguments):
     images = sample(*network, noise, ONE_HOT[labels], "samples")
     path = arguments.output_dir / "runs" / SCRIPT / f"{chosen or 'all'}_seed_{arguments.seed}.npz"
     written = [write_file(path, {"images": images, "label": labels, "class_names": names})]
-    if plots := optional(f"plots.{SCRIPT}", "PNG files are"):
-        written += plots.write_images(images, path.with_suffix(".png"), arguments.export)
+    if tools := optional("common.images", "PNG files are"):
+        written.append(tools.write_grid(images, path.with_suffix(".png"), 2))
+        for number, image in enumerate(images if arguments.export else ()):
+            tools.write_grid(image[None], arguments.export / f"{number:05}.png", 1)
+        written += [f"{len(images):,} PNG files in {arguments.export}"] if arguments.export else []
     print("wrote", *written, sep="\n  ")
 
 

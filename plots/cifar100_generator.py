@@ -71,25 +71,6 @@ def tiled(images, columns):
     return rows.reshape(-1, columns * width, 3)
 
 
-def write_images(images, path, folder=None):
-    """Writes images as one grid, enlarged twice, and each in its own file where a `folder` is named.
-
-    Returns what was written: list of paths, and a line about the folder.
-    """
-    columns, written = int(np.ceil(np.sqrt(len(images)))), [path]
-    write_image(tiled(images, columns).repeat(2, axis=0).repeat(2, axis=1), path)
-    if folder:
-        for number, image in enumerate(images):
-            write_image(image, folder / f"{number:05}.png")
-        written.append(f"{len(images):,} PNG files in {folder}")
-    return written
-
-
-def write_image(image, path):
-    with figures.replacing(path) as temporary:
-        plt.imsave(temporary, image)
-
-
 def show(axes, images, columns, title):
     """Shows images as one grid; faster than an axes for each."""
     figures.show_image(axes, tiled(images, columns))
