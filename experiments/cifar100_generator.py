@@ -177,7 +177,8 @@ def choose(task, averages, config, fid, folder):
 
 def others(task, chosen, config, folder):
     """Returns what is measured beside the choice, and decides nothing: list of (varied, `Sampling`, training step)."""
-    last, found = config.steps, [("interval", dataclasses.replace(chosen, **EVERYWHERE), config.steps)]
+    last = config.steps
+    found = [("interval", dataclasses.replace(chosen, **EVERYWHERE), last)]
     found += [("steps", dataclasses.replace(chosen, steps=steps), last) for steps in STEPS]
     steps = range(task.SNAPSHOT_STEPS, last + 1, task.SNAPSHOT_STEPS)
     kept = [step for step in steps if step == last or (folder / f"snapshot_{step:05}.npz").exists()]

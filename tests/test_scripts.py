@@ -35,8 +35,11 @@ SHARED_FLAGS = [
     "--output-dir",
     "--logdir",
 ]
-PURE_JAX = ("addnist_classifier.py", "cifar100_generator.py")  # single files with a command line of their own
-KERAS_FLAGS = {"--devices", "--logdir"}  # of all other scripts
+KERAS_FLAGS = {"--devices", "--logdir"}  # of all scripts but those in pure JAX
+PURE_JAX = {  # single files with a command line of their own -> the shared flags that they lack
+    "addnist_classifier.py": KERAS_FLAGS,
+    "cifar100_generator.py": KERAS_FLAGS | {"--model"},
+}
 BARE_RUNS = {  # backend -> script -> fastest model to train that it draws figures of (or None), how it is made smaller
     "tensorflow": {
         "task1_smallnorb_cnn": ("joint", {"width": 8}),
@@ -101,10 +104,7 @@ def imports(path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_the_shared_flags_in_order(script):
     options = help_text(script).split("options:")[1]
-    missing = (KERAS_FLAGS if script in PURE_JAX else set()) | (
-        {"--model"} if script == "cifar100_generator.py" else set()
-    )
-    places = [options.index(f"  {flag} ") for flag in SHARED_FLAGS if flag not in missing]
+    places = [options.index(f"  {flag} ") for flag in SHARED_FLAGS if flag not in PURE_JAX.get(script, ())]
     assert places == sorted(places)
 
 
@@ -172,8 +172,8 @@ for script, (model, changes) in models.items():
                 task.CONFIG = dataclasses.replace(task.CONFIG, **changes)
             else:
                 flags += ["--model", model]
-            if model and changes:
-                task.CONFIGS[model] = dataclasses.replace(task.CONFIGS[model], **changes)
+                if changes:
+                    task.CONFIGS[model] = dataclasses.replace(task.CONFIGS[model], **changes)
             cli.run(task.main, flags)
         except SystemExit as end:
             code = end.code
