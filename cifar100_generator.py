@@ -61,7 +61,9 @@ class Config:  # of a training run
     noise_mean: float = -1.2  # of the logarithm of the noise levels in training, which is normally distributed
     noise_deviation: float = 1.2
     label_dropout: float = 0.1  # share of images whose class is withheld, for guidance
-    steps: int = 16_000  # optimisation steps
+    steps: int = 26_000  # optimisation steps
+    restarts: tuple = (16_000,)  # steps after which training begins anew, from averaged weights (`start`)
+    restart_noise: tuple = (-0.2, 1.5)  # mean and deviation from then on: more of what decides shapes and classes
     batch_size: int = 64
     learning_rate: float = 1e-3  # the highest, after warm-up and before cosine decay
     averages: tuple = (0.999, 0.9995, 0.9999)  # momenta of moving averages of the weights; one of them is saved
@@ -298,15 +300,27 @@ def denoise(parameters, noisy, sigma, conditions, guidance, config, guided):
 
 
 # ------------------------------------------------------------------------------------------------- losses and training
-def make_optimizer(config):
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.steps // 50 + 1, config.steps + 1)
+def make_optimizer(config, begin=0):  # of the stage of training that begins with that step
+    steps = min(step for step in (*config.restarts, config.steps) if step > begin) - begin
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps // 50 + 1, steps + 1)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
-@jax.jit(static_argnames=("config", "steps"), donate_argnums=0)
-def advance(state, images, labels, config, steps):
-    """Takes optimisation steps, all in one compiled call; returns the next `State` and the mean loss."""
-    optimizer, count = make_optimizer(config), config.batch_size
+def start(parameters, key, step, config):
+    """Returns the `State` in which training begins, and begins anew after a restart (Loshchilov & Hutter 2017)."""
+    parameters, *averages = (jax.tree.map(np.array, parameters) for _ in (0, *config.averages))
+    optimizer = make_optimizer(config, step).init(parameters)
+    return State(parameters, tuple(averages), optimizer, key, jnp.asarray(step))
+
+
+@jax.jit(static_argnames=("config", "steps", "begin"), donate_argnums=0)
+def advance(state, images, labels, config, steps, begin=0):
+    """Takes optimisation steps of the stage of training that begins with step `begin`, all in one compiled call.
+
+    Returns the next `State` and the mean loss.
+    """
+    optimizer, count = make_optimizer(config, begin), config.batch_size
+    mean, deviation = config.restart_noise if begin else (config.noise_mean, config.noise_deviation)
     parts = count // PART if CPU and count % PART == 0 else 1
 
     def loss(parameters, clean, noise, sigma, conditions):
@@ -323,7 +337,7 @@ def advance(state, images, labels, config, steps):
         # One noise level from each of as many equally likely intervals (Kingma et al. 2021, appendix I.1).
         quantile = (jnp.arange(count) + jax.random.uniform(level_key, (count,), minval=1e-3)) / count
         quantile = jnp.minimum(quantile, 1 - 2**-24)  # rounding must not make it 1, whose noise level is infinite
-        sigma = jnp.exp(config.noise_mean + config.noise_deviation * jax.scipy.special.ndtri(quantile))
+        sigma = jnp.exp(mean + deviation * jax.scipy.special.ndtri(quantile))
         dropped = jax.random.bernoulli(drop_key, config.label_dropout, (count,))
         conditions = jax.nn.one_hot(jnp.where(dropped, NUM_CLASSES, labels[chosen]), NUM_CLASSES + 1)
         noise = jax.random.normal(noise_key, clean.shape)
@@ -337,8 +351,9 @@ def advance(state, images, labels, config, steps):
         (value, gradient), _ = jax.lax.scan(add_gradient, nothing, batch)
         update, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, update)
-        # At first the averages follow closely, so that they forget the initial weights.
-        early, pairs = (state.step + 1) / (state.step + 10), zip(state.averages, config.averages, strict=True)
+        # At first the averages follow closely, so that they forget the weights at its beginning.
+        early = (state.step - begin + 1) / (state.step - begin + 10)
+        pairs = zip(state.averages, config.averages, strict=True)
         averages = tuple(optax.incremental_update(parameters, old, 1 - jnp.minimum(m, early)) for old, m in pairs)
         return State(parameters, averages, optimizer_state, key, state.step + 1), value
 
@@ -351,9 +366,7 @@ def train_network(config, splits, seed, *, name, folder, resume):
     settings = json.loads(json.dumps(dataclasses.asdict(config))) | {"seed": seed}
     settings["data"] = checksum_of([splits["train"]])
     path, curves, seconds = folder / "checkpoint.npz", {key: [] for key in CURVES}, 0.0
-    parameters, *averages = (init_model(seed, config) for _ in (0, *config.averages))
-    optimizer, key = make_optimizer(config).init(parameters), jax.random.PRNGKey(seed)
-    state = State(parameters, tuple(averages), optimizer, key, jnp.zeros((), int))
+    state = start(init_model(seed, config), jax.random.PRNGKey(seed), 0, config)
     with reading(path, "start over without --resume"):
         if resume and path.exists():
             arrays, expected = dict(np.load(path)), {str(n): leaf for n, leaf in enumerate(jax.tree.leaves(state))}
@@ -367,8 +380,13 @@ def train_network(config, splits, seed, *, name, folder, resume):
             print(f"resuming after step {int(state.step):,}")
     images, labels = (jnp.asarray(array) for array in splits["train"])
     while int(state.step) < config.steps:
-        started, steps = time.time(), min(STEPS_PER_CHECKPOINT, config.steps - int(state.step))
-        state, loss = advance(state, images, labels, config, steps)
+        started, step = time.time(), int(state.step)
+        begin = max(first for first in (0, *config.restarts) if first <= step)
+        if step == begin > 0:
+            state = start(state.averages[0], state.key, step, config)
+        end = min(last for last in (*config.restarts, config.steps, step + STEPS_PER_CHECKPOINT) if last > step)
+        steps = end - step
+        state, loss = advance(state, images, labels, config, steps, begin)
         values = [int(state.step), float(loss)]
         values += [denoising_loss(state.averages[0], splits[part], config, CURVE_ITEMS) for part in ("train", "valid")]
         if not np.isfinite(values).all():

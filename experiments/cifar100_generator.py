@@ -28,6 +28,8 @@ BASELINE = {
     "noise_deviation": 1.2,
     "label_dropout": 0.1,
     "steps": 2000,
+    "restarts": (),
+    "restart_noise": (-0.2, 1.5),
     "batch_size": 64,
     "learning_rate": 1e-3,
     "averages": (0.99, 0.995, 0.998),  # shorter, as there are few steps
