@@ -72,9 +72,9 @@ class Config:  # of a training run
 @dataclasses.dataclass(frozen=True)
 class Sampling:  # how images are generated
     steps: int = 18  # of Heun's method, which calls the network twice in all but the last
-    guidance: float = 1.4  # 1 is the conditional network, more exaggerates the class (Ho & Salimans 2022)
+    guidance: float = 5.0  # 1 is the conditional network, more exaggerates the class (Ho & Salimans 2022)
     low: float = 0.2  # guidance applies between these noise levels only (Kynkäänniemi et al. 2024)
-    high: float = 3.0
+    high: float = 20.0
 
 
 CONFIG, TASK = Config(), sys.modules[__name__]  # of the saved network; what experiments/ and plots/ are handed
@@ -218,9 +218,8 @@ def unet(weight, inputs, log_sigma, conditions, config):
 
     angles = log_sigma[:, None] * 2.0 ** jnp.linspace(-2, 3, 16)
     embedded = dense(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1), "noise", config.embedding)
-    embedded = embedded + jnp.matmul(
-        conditions, weight("classes", (NUM_CLASSES + 1, config.embedding), 10.0)
-    )  # about 1 each
+    classes = weight("classes", (NUM_CLASSES + 1, config.embedding), 10.0)  # about 1 each
+    embedded = embedded + jnp.matmul(conditions, classes)
     embedded = jax.nn.silu(dense(jax.nn.silu(embedded), "embedded", config.embedding))
 
     count, patch, side, last = len(inputs), config.patch, SIDE // config.patch, len(config.widths) - 1
@@ -315,10 +314,7 @@ def start(parameters, key, step, config):
 
 @jax.jit(static_argnames=("config", "steps", "begin"), donate_argnums=0)
 def advance(state, images, labels, config, steps, begin=0):
-    """Takes optimisation steps of the stage of training that begins with step `begin`, all in one compiled call.
-
-    Returns the next `State` and the mean loss.
-    """
+    """Takes optimisation steps, all in one call, since the one after `begin`: the next `State` and the mean loss."""
     optimizer, count = make_optimizer(config, begin), config.batch_size
     mean, deviation = config.restart_noise if begin else (config.noise_mean, config.noise_deviation)
     parts = count // PART if CPU and count % PART == 0 else 1
@@ -352,8 +348,8 @@ def advance(state, images, labels, config, steps, begin=0):
         update, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, update)
         # At first the averages follow closely, so that they forget the weights at its beginning.
-        early = (state.step - begin + 1) / (state.step - begin + 10)
-        pairs = zip(state.averages, config.averages, strict=True)
+        age, pairs = state.step - begin, zip(state.averages, config.averages, strict=True)
+        early = (age + 1) / (age + 10)
         averages = tuple(optax.incremental_update(parameters, old, 1 - jnp.minimum(m, early)) for old, m in pairs)
         return State(parameters, averages, optimizer_state, key, state.step + 1), value
 
@@ -384,8 +380,7 @@ def train_network(config, splits, seed, *, name, folder, resume):
         begin = max(first for first in (0, *config.restarts) if first <= step)
         if step == begin > 0:
             state = start(state.averages[0], state.key, step, config)
-        end = min(last for last in (*config.restarts, config.steps, step + STEPS_PER_CHECKPOINT) if last > step)
-        steps = end - step
+        steps = min(end - step for end in (*config.restarts, config.steps, step + STEPS_PER_CHECKPOINT) if end > step)
         state, loss = advance(state, images, labels, config, steps, begin)
         values = [int(state.step), float(loss)]
         values += [denoising_loss(state.averages[0], splits[part], config, CURVE_ITEMS) for part in ("train", "valid")]
@@ -394,7 +389,7 @@ def train_network(config, splits, seed, *, name, folder, resume):
         curves = {key: [*curves[key], value] for key, value in zip(CURVES, values, strict=True)}
         seconds += time.time() - started
         if values[0] % SNAPSHOT_STEPS == 0:
-            kept = {f"{n} {key}": np.asarray(a, "f2") for n, of in enumerate(state.averages) for key, a in of.items()}
+            kept = {key: np.asarray(array, "f2") for key, array in state.averages[0].items()}
             write_file(folder / f"snapshot_{values[0]:05}.npz", kept)
         about = json.dumps({"settings": settings, "curves": curves, "seconds": seconds})
         leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
@@ -560,7 +555,7 @@ def fid_of(compare, memory, network, count, seed, part):
         known = json.loads(memory.read_text("utf-8")) if memory and memory.exists() else {}
     if key not in known:
         images = sample(*network, draw_noise(count, seed)[0], ONE_HOT[labels], "samples")
-        known[key] = compare(images, part, labels if part == "test" else None)
+        known[key] = compare(images, part, labels)
         if memory:
             write_file(memory, known)
     return known[key]
@@ -649,9 +644,9 @@ def train(arguments):
     folder = arguments.output_dir / "runs" / SCRIPT / f"{MODEL}_seed_{seed}"
     trained = train_network(config, splits, seed, name=MODEL, folder=folder, resume=arguments.resume)
     averages, curves, seconds = trained
+    parameters = min(averages, key=lambda average: denoising_loss(average, splits["valid"], config))
     module = optional(f"experiments.{SCRIPT}", "experiments are") if fid else None
-    chosen = module.choose(TASK, averages, config, fid, folder) if module else (averages[0], Sampling(), [])
-    parameters, sampling, choices = chosen
+    sampling, choices = module.choose(TASK, parameters, config, fid, folder) if module else (Sampling(), [])
     network = parameters, config, sampling  # after the last choice, the test images are read
     metrics = measure(network, parts, training, fid, seed)
     card = {"script": f"{SCRIPT}.py", "model": MODEL, "command": arguments.command, **environment()}

@@ -3,7 +3,7 @@
 Training: one change at a time from a baseline with a short budget, judged by the loss on held-out images: conditional,
 at the noise levels that the baseline is trained with, by the best of its averages. It says nothing of guided samples.
 The baseline runs with five seeds, whose standard deviation is the noise; a variant shares two of them.
-Sampling: average and guidance of a finished network are chosen by FID (768-d) to held-out images.
+Sampling: the guidance of a finished network is chosen by FID (768-d) to held-out images.
 
 `task` is the module of the script, whose functions train and measure.
 """
@@ -46,10 +46,11 @@ VARIANTS = {
     "learning rate 0.0005": {"learning_rate": 5e-4},
     "learning rate 0.002": {"learning_rate": 2e-3},
 }
-NUM_SAMPLES = 1000  # that averages, guidance and steps are compared with, against all held-out images
-GUIDANCE = (1.0, 1.4, 1.8, 2.4)
+NUM_SAMPLES = 1000  # that guidance and steps are compared with, against all held-out images
+GUIDANCE = (1.0, 3.0, 5.0, 8.0)
+MIN_AGREEMENT = 0.25  # least share of samples that our classifier takes for the class asked for
 STEPS = (9, 18)
-EVERYWHERE = {"low": 0.0, "high": 100.0}  # guidance at all noise levels
+INTERVALS = {"low": 0.2, "high": 3.0}, {"low": 0.0, "high": 100.0}  # of noise levels that guidance is tried at as well
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -146,42 +147,43 @@ def summary(compared):
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
-def choose(task, averages, config, fid, folder):
-    """Chooses average and guidance, one after the other, and measures `others` beside them.
+def choose(task, parameters, config, fid, folder):
+    """Chooses the guidance: the lowest FID among those that reach MIN_AGREEMENT, or among all; measures `others` too.
 
     Args:
-        averages: tuple of averaged weights, one for each of `config.averages`.
+        parameters: weights, averaged.
         fid: function from a network, number of samples, seed and "valid" to metrics, a dict with `fid_768`.
         folder: of the training run, with its snapshots, of which some may have been left elsewhere.
 
-    Returns the chosen weights, the `Sampling`, and all that was measured: list of dict.
+    Returns the `Sampling`, and all that was measured: list of dict.
     """
-    rows, usual = [], task.Sampling()
+    rows = []
 
-    def measured(varied, number, sampling, step=config.steps):
-        parameters = averages[number]
+    def measured(varied, sampling, step=config.steps):
+        weights = parameters
         if step < config.steps:
             path = folder / f"snapshot_{step:05}.npz"
             with task.reading(path, "start over without --resume"), np.load(path) as file:
-                parameters = {name: file[f"{number} {name}"].astype("float32") for name in parameters}
-        row = {"varied": varied, "average": config.averages[number], "step": step, **dataclasses.asdict(sampling)}
-        rows.append(row | fid((parameters, config, sampling), NUM_SAMPLES, task.DATA_SEED, "valid"))
+                weights = {name: file[name].astype("float32") for name in parameters}
+        row = {"varied": varied, "step": step, **dataclasses.asdict(sampling)}
+        rows.append(row | fid((weights, config, sampling), NUM_SAMPLES, task.DATA_SEED, "valid"))
         print(", ".join(f"{key} {value:.5g}" for key, value in rows[-1].items() if key != "varied"))
-        return rows[-1]["fid_768"]
+        return rows[-1]
 
-    number = min(range(len(averages)), key=lambda n: measured("average", n, usual))
-    options = [dataclasses.replace(usual, guidance=guidance) for guidance in GUIDANCE]
-    chosen = min(options, key=lambda sampling: measured("guidance", number, sampling))
+    options = [dataclasses.replace(task.Sampling(), guidance=guidance) for guidance in GUIDANCE]
+    found = [measured("guidance", sampling) for sampling in options]
+    reached = [row for row in found if row.get("class_agreement", 1) >= MIN_AGREEMENT]
+    chosen = options[found.index(min(reached or found, key=lambda row: row["fid_768"]))]
     for varied, sampling, step in others(task, chosen, config, folder):
-        measured(varied, number, sampling, step)
-    return averages[number], chosen, rows
+        measured(varied, sampling, step)
+    return chosen, rows
 
 
 def others(task, chosen, config, folder):
     """Returns what is measured beside the choice, and decides nothing: list of (varied, `Sampling`, training step)."""
     last = config.steps
-    found = [("interval", dataclasses.replace(chosen, **EVERYWHERE), last)]
+    found = [("interval", dataclasses.replace(chosen, **interval), last) for interval in INTERVALS]
     found += [("steps", dataclasses.replace(chosen, steps=steps), last) for steps in STEPS]
-    steps = range(task.SNAPSHOT_STEPS, last + 1, task.SNAPSHOT_STEPS)
-    kept = [step for step in steps if step == last or (folder / f"snapshot_{step:05}.npz").exists()]
-    return found + [("training", chosen, step) for step in kept]
+    steps = range(task.SNAPSHOT_STEPS, last, task.SNAPSHOT_STEPS)
+    kept = [step for step in steps if (folder / f"snapshot_{step:05}.npz").exists()]
+    return found + [("training", chosen, step) for step in (*kept, last)]

@@ -2,7 +2,6 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import NullFormatter, NullLocator
 
 from common import figures
 
@@ -150,33 +149,30 @@ def draw_curves(card, path):
 
 
 def draw_choices(choices, path):
-    """FID against averaging, guidance and steps of the sampler, as far as they were varied."""
-    texts = {
-        "average": ("half-life of the average in steps", "Averaging of the weights"),
-        "guidance": ("guidance", "Guidance"),
-        "steps": ("steps of the sampler", "Steps"),
-    }
-    rows_of = {varied: [row for row in choices if row["varied"] == varied] for varied in texts}
-    rows_of = {varied: rows for varied, rows in rows_of.items() if rows}
-    everywhere = [row for row in choices if row["varied"] == "interval"]
-    figure, panels = plt.subplots(1, len(rows_of), figsize=(11, 3.6), sharey=True)
-    for panel, (varied, rows) in zip(panels, rows_of.items(), strict=True):
-        places = [np.log(0.5) / np.log(row["average"]) if varied == "average" else row[varied] for row in rows]
-        interval = f"at noise levels {rows[0]['low']:g} to {rows[0]['high']:g}"
-        panel.plot(places, [row["fid_768"] for row in rows], "o-", color=figures.BLUE, label=interval)
-        if varied == "guidance":
-            points = [row["guidance"] for row in everywhere], [row["fid_768"] for row in everywhere]
-            panel.plot(*points, "s", color=figures.ORANGE, label="at all noise levels" if everywhere else None)
-            panel.legend(title="guidance applied", loc="best")
-        else:
-            panel.set_xscale("log")
-            panel.xaxis.set_minor_locator(NullLocator())
-            panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.set_xticks(places, [f"{place:.0f}" for place in places])
-        label, title = texts[varied]
-        panel.set(xlabel=label, title=title)
-    panels[0].set_ylabel(FID)
+    """FID and class agreement against guidance, and FID against steps of the sampler."""
+    rows_of = {}
+    for row in choices:
+        rows_of.setdefault(row["varied"], []).append(row)
+    panels_of = [("guidance", "fid_768", FID), ("guidance", "class_agreement", "class agreement")]
+    panels_of = [panel for panel in [*panels_of, ("steps", "fid_768", FID)] if panel[1] in rows_of[panel[0]][0]]
+    figure, panels = plt.subplots(1, len(panels_of), figsize=(4 * len(panels_of), 3.8))
+    for panel, (varied, metric, label) in zip(panels, panels_of, strict=True):
+        rows = rows_of[varied]
+        points = [row[varied] for row in rows], [row[metric] for row in rows]
+        panel.plot(*points, "o-", color=figures.BLUE, label=interval_of(rows[0]))
+        marked = zip(rows_of.get("interval", []), "s^", (figures.ORANGE, figures.GREEN), strict=False)
+        for row, marker, color in marked if varied == "guidance" else ():
+            panel.plot(row[varied], row[metric], marker, color=color, label=interval_of(row))
+        panel.set(xlabel=varied if varied == "guidance" else "steps of the sampler", ylabel=label, ylim=(0, None))
+        panel.set_xticks(points[0], [f"{place:g}" for place in points[0]])
+    panels[0].legend(title="guidance at noise levels", loc="lower left")
+    figure.suptitle("1,000 samples against held-out images")
     return figures.save(figure, path)
+
+
+def interval_of(row):
+    everywhere = row["low"] < 0.002 and row["high"] > 80
+    return "all" if everywhere else f"{row['low']:g} to {row['high']:g}"
 
 
 def draw_scale(values, path):

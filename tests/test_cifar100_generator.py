@@ -27,6 +27,7 @@ from plots import cifar100_generator as plots
 GENERATOR = np.random.default_rng(0)
 TINY = {"patch": 8, "widths": (8,), "blocks": (1,), "attention": 4, "embedding": 8, "steps": 4, "batch_size": 8}
 CONFIG = task.Config(**TINY)
+RESTARTED = dataclasses.replace(CONFIG, restarts=(2,))
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +250,7 @@ def test_what_was_measured_before_a_run_was_stopped_is_not_measured_again(parame
     others = [(network, 3, 0, "valid"), (network, 4, 0, "test"), (network, 3, 1, "test"), (changed, 3, 0, "test")]
     for number, other in enumerate([*others, (guided, 3, 0, "test")], start=2):
         assert task.fid_of(compare, memory, *other) == {"fid_768": number}
-    assert calls[1][2] is None  # classes matter to the metrics of the classifier, which are of the test images alone
+    assert calls[1][2].tolist() == [0, 1, 2]
     assert task.fid_of(compare, None, network, 3, 0, "test") == {"fid_768": 7}
     memory.write_text(memory.read_text()[:-9])
     with pytest.raises(task.UserError, match=r"measured\.json is damaged .*; delete it"):
@@ -352,10 +353,7 @@ def test_sample_needs_no_other_file(tmp_path):
 
 
 def new_state(config, parameters=None):
-    found = jax.tree.map(jnp.array, parameters or task.init_model(0, config))
-    averages = tuple(jax.tree.map(jnp.copy, found) for _ in config.averages)
-    optimizer = task.make_optimizer(config).init(found)
-    return task.State(found, averages, optimizer, jax.random.PRNGKey(1), jnp.zeros((), int))
+    return task.start(parameters or task.init_model(0, config), jax.random.PRNGKey(1), 0, config)
 
 
 @pytest.mark.parametrize("target", ["edm", "velocity"])
@@ -409,21 +407,20 @@ def stopped(splits, tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task, "STEPS_PER_CHECKPOINT", 2)
+        patch.setattr(task, "STEPS_PER_CHECKPOINT", 3)  # but calls end where training begins anew
         patch.setattr(task, "SNAPSHOT_STEPS", 2)
         patch.setattr(task, "BATCH", 20)
-        whole = task.train_network(CONFIG, splits, 0, name="tiny", folder=folder / "whole", resume=False)
+        whole = task.train_network(RESTARTED, splits, 0, name="tiny", folder=folder / "whole", resume=False)
         patch.setattr(task, "write_file", write_and_die)
         with pytest.raises(KeyboardInterrupt):
-            task.train_network(CONFIG, splits, 0, name="tiny", folder=folder / "stopped", resume=False)
+            task.train_network(RESTARTED, splits, 0, name="tiny", folder=folder / "stopped", resume=False)
     return folder / "stopped" / "checkpoint.npz", whole
 
 
-def test_a_resumed_training_run_equals_an_uninterrupted_one(splits, stopped, tmp_path, monkeypatch, capsys):
+def test_a_resumed_training_run_equals_an_uninterrupted_one(splits, stopped, tmp_path, capsys):
     checkpoint, (averages, curves, _) = stopped
-    monkeypatch.setattr(task, "STEPS_PER_CHECKPOINT", 2)
     (tmp_path / "checkpoint.npz").write_bytes(checkpoint.read_bytes())
-    resumed, resumed_curves, _ = task.train_network(CONFIG, splits, 0, name="tiny", folder=tmp_path, resume=True)
+    resumed, resumed_curves, _ = task.train_network(RESTARTED, splits, 0, name="tiny", folder=tmp_path, resume=True)
     assert "resuming after step 2" in capsys.readouterr().out
     assert resumed_curves == curves
     assert curves["step"] == [2, 4]
@@ -431,10 +428,28 @@ def test_a_resumed_training_run_equals_an_uninterrupted_one(splits, stopped, tmp
     for one, other in zip(averages, resumed, strict=True):
         assert all(np.array_equal(one[name], other[name]) for name in one)
     with np.load(checkpoint.parent / "snapshot_00002.npz") as file:
-        assert len(file.files) == len(CONFIG.averages) * len(averages[0])
-    changed = dataclasses.replace(CONFIG, batch_size=4)
+        assert file.files == list(averages[0])
+    changed = dataclasses.replace(RESTARTED, batch_size=4)
     with pytest.raises(task.UserError, match=r"other settings .*batch_size"):
         task.train_network(changed, splits, 0, name="tiny", folder=tmp_path, resume=True)
+
+
+def test_training_begins_anew_from_averaged_weights_with_other_noise(splits, stopped):
+    images, labels = map(jnp.asarray, splits["train"])
+    state = task.start(task.init_model(0, RESTARTED), jax.random.PRNGKey(0), 0, RESTARTED)
+    state, first = task.advance(state, images, labels, RESTARTED, 2)
+    average = jax.tree.map(np.array, state.averages[0])
+    state = task.start(average, state.key, 2, RESTARTED)
+    assert all(np.array_equal(of[name], average[name]) for of in (state.parameters, *state.averages) for name in of)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.optimizer))
+    key = jnp.array(state.key)
+    state, second = task.advance(state, images, labels, RESTARTED, 2, 2)
+    whole, curves, _ = stopped[1]
+    assert curves["loss"] == [first, second]
+    for one, other in zip(whole, state.averages, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    usual = dataclasses.replace(RESTARTED, restart_noise=(RESTARTED.noise_mean, RESTARTED.noise_deviation))
+    assert task.advance(task.start(average, key, 2, usual), images, labels, usual, 2, 2)[1] != second
 
 
 @pytest.mark.parametrize("damage", ["truncated", "an array is missing", "not a number"])
@@ -447,7 +462,7 @@ def test_damaged_checkpoint(splits, stopped, tmp_path, damage):
         arrays["0"] = arrays["0"] * np.float32(np.nan)
         np.savez(tmp_path / "checkpoint.npz", **{n: a for n, a in arrays.items() if n != "3" or damage[0] == "n"})
     with pytest.raises(task.UserError, match=r"damaged .*; start over without --resume"):
-        task.train_network(CONFIG, splits, 0, name="tiny", folder=tmp_path, resume=True)
+        task.train_network(RESTARTED, splits, 0, name="tiny", folder=tmp_path, resume=True)
 
 
 def test_loss_is_measured_at_fixed_noise_and_is_that_of_a_network_that_knows_nothing(splits):
@@ -566,25 +581,25 @@ def test_finished_experiments_are_not_run_again(tmp_path, monkeypatch, capsys):
         task.main(flags)
 
 
-def test_average_and_guidance_are_chosen_by_the_lowest_fid(tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, steps=3, averages=(0.9, 0.99))
-    averages = {"a": np.zeros(1)}, {"a": np.ones(1)}
-    np.savez(tmp_path / "snapshot_00002.npz", **{"0 a": np.zeros(1, "f2"), "1 a": np.full(1, 5, "f2")})
+@pytest.mark.parametrize(("recognised", "guidance"), [(0.0, 3.0), (0.09, 3.0), (0.06, 5.0)])
+def test_guidance_is_chosen_by_the_lowest_fid_of_recognised_samples(tmp_path, monkeypatch, recognised, guidance):
+    config = dataclasses.replace(CONFIG, steps=3)
+    np.savez(tmp_path / "snapshot_00002.npz", a=np.full(1, 5, "f2"))
     monkeypatch.setattr(task, "SNAPSHOT_STEPS", 1)  # of which the first was left on another machine
 
-    def fid(network, count, seed, part):  # best with the second average and guidance 1.8, worse with few steps
+    def fid(network, count, seed, part):  # best with guidance 3, worse with few steps
         assert part == "valid"
         parameters, _, sampling = network
-        return {"fid_768": abs(parameters["a"][0] - 1) + abs(sampling.guidance - 1.8) + 1 / sampling.steps}
+        found = {"fid_768": abs(parameters["a"][0] - 1) + abs(sampling.guidance - 3) + 1 / sampling.steps}
+        return found | {"class_agreement": recognised * sampling.guidance}
 
-    chosen, sampling, rows = experiments.choose(task, averages, config, fid, tmp_path)
-    assert chosen is averages[1]
-    assert sampling == dataclasses.replace(task.Sampling(), guidance=1.8)
-    assert {row["varied"] for row in rows} == {"average", "guidance", "interval", "steps", "training"}
+    sampling, rows = experiments.choose(task, {"a": np.ones(1)}, config, fid, tmp_path)
+    assert sampling == dataclasses.replace(task.Sampling(), guidance=guidance)
+    assert {row["varied"] for row in rows} == {"guidance", "interval", "steps", "training"}
     at_two, at_the_end = (row for row in rows if row["varied"] == "training")
     assert at_the_end["step"] == 3
     assert at_two["step"] == 2
-    assert at_two["fid_768"] == pytest.approx(4 + 1 / 18)
+    assert at_two["fid_768"] == pytest.approx(4 + guidance - 3 + 1 / 18)
     assert plots.draw_choices(rows, tmp_path / "choices.png").exists()
 
 
@@ -685,7 +700,7 @@ def test_fid_decides_is_measured_and_is_recorded(arrays, tmp_path, monkeypatch, 
     path = tmp_path / "saved_models" / task.SCRIPT / "diffusion.json"
     card = json.loads(path.read_text())
     rows = {row["varied"]: row for row in card["choices"]}
-    assert rows.keys() == {"average", "guidance", "interval", "steps"}
+    assert rows.keys() == {"guidance", "interval", "steps", "training"}
     assert {row["compared"] for row in card["choices"]} == {20}
     assert card["metrics"]["test"]["fid_768"] != card["second_seed"]["fid_768"]
     assert card["scale"] == {"training images": 0.02}
@@ -754,15 +769,10 @@ def test_images_are_generated_without_a_dataset(trained, tmp_path, capsys):
 
 def test_every_figure_is_drawn(tmp_path):
     """With made-up numbers, since what there is to show comes from a training run of hours."""
-    interval = {"low": 0.2, "high": 3.0, "fid_768": 0.5}
-    choices = [
-        {"varied": varied, "average": average, "step": step, "guidance": guidance, "steps": steps, **interval}
-        for varied, average, step, guidance, steps in (
-            *(("average", 0.999, 4, 1.4, 18), ("average", 0.9999, 4, 1.4, 18), ("guidance", 0.999, 4, 1.0, 18)),
-            *(("guidance", 0.999, 4, 2.0, 18), ("interval", 0.999, 4, 2.0, 18), ("steps", 0.999, 4, 2.0, 5)),
-            *(("steps", 0.999, 4, 2.0, 36), ("training", 0.999, 2, 2.0, 18), ("training", 0.999, 4, 2.0, 18)),
-        )
-    ]
+    usual = {"low": 0.2, "high": 20.0, "fid_768": 0.5, "class_agreement": 0.3, "step": 4, "guidance": 2.0, "steps": 18}
+    choices = [{"varied": varied, **usual} for varied in ("guidance", "interval", "steps", "training")]
+    choices += [{**usual, "varied": "guidance", "guidance": 1.0}, {**usual, "varied": "interval", "high": 3.0}]
+    choices += [{**usual, "varied": "steps", "steps": 9}, {**usual, "varied": "training", "step": 2}]
     card = {"config": dataclasses.asdict(task.CONFIG), "choices": choices}
     card |= {"parameters": {"trainable": 947_836}, "class_names": [f"class_{number}" for number in range(100)]}
     card |= {"curves": {"step": [1, 2, 3], "loss": [3, 2, 1], "train_loss": [3, 2, 1], "valid_loss": [3, 2.1, 1.2]}}
