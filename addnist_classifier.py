@@ -461,7 +461,7 @@ def prepare_output(output_dir):
                     os.kill(int(path.name.split(".")[1]), 0)
                 except ProcessLookupError:
                     path.unlink(missing_ok=True)
-    write_file(output_dir / "probe", bytes(10_000_000)).unlink()  # about what one training run writes
+    write_file(output_dir / f".space.{os.getpid()}", bytes(10_000_000)).unlink()  # about what one training run writes
 
 
 def check_arrays(arrays, expected):

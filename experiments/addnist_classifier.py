@@ -75,7 +75,8 @@ def read_rows(text):
     for row in rows:
         if not {"name", *CONFIG_COLUMNS} <= row.keys() or None in row or None in row.values():
             raise ValueError("its columns are not those of this version")
-        if not all(math.isfinite(float(row[column])) for column in ("seed", "steps", "parameters", "valid_accuracy")):
+        numbers = int(row["seed"]), int(row["steps"]), int(row["parameters"]), float(row["valid_accuracy"])
+        if not all(map(math.isfinite, numbers)):
             raise ValueError("it has numbers that are not finite")
     return rows
 
