@@ -58,15 +58,18 @@ class Config:  # of a training run
     attention: int = 8  # side of the maps that self-attention follows every block on; 0 for none
     embedding: int = 64  # units that represent noise level and class
     target: str = "edm"  # what is predicted: "edm" (Karras et al. 2022, table 1) or "velocity" (Liu et al. 2023)
-    noise_mean: float = -1.2  # of the logarithm of the noise levels in training, which is normally distributed
+    noise_mean: float = -1.2  # of the logarithm of the noise levels, normally distributed, before the first restart
     noise_deviation: float = 1.2
     label_dropout: float = 0.1  # share of images whose class is withheld, for guidance
     steps: int = 26_000  # optimisation steps
-    restarts: tuple = (16_000,)  # steps after which training begins anew, from averaged weights (`start`)
-    restart_noise: tuple = (-0.2, 1.5)  # mean and deviation from then on: more of what decides shapes and classes
+    restarts: tuple = (16_000,)  # steps after which optimiser and averages start again, from the averaged weights
+    restart_noise: tuple = (
+        -0.2,
+        1.5,
+    )  # mean and deviation from then on: higher levels, which decide shapes and classes
     batch_size: int = 64
     learning_rate: float = 1e-3  # the highest, after warm-up and before cosine decay
-    averages: tuple = (0.999, 0.9995, 0.9999)  # momenta of moving averages of the weights; one of them is saved
+    averages: tuple = (0.999, 0.9995, 0.9999)  # momenta of moving averages; that of the lowest held-out loss is saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,22 +302,21 @@ def denoise(parameters, noisy, sigma, conditions, guidance, config, guided):
 
 
 # ------------------------------------------------------------------------------------------------- losses and training
-def make_optimizer(config, begin=0):  # of the stage of training that begins with that step
+def make_optimizer(config, begin=0):  # for the stage of training that begins after that step
     steps = min(step for step in (*config.restarts, config.steps) if step > begin) - begin
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps // 50 + 1, steps + 1)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
 def start(parameters, key, step, config):
-    """Returns the `State` in which training begins, and begins anew after a restart (Loshchilov & Hutter 2017)."""
+    """Returns a fresh `State`: at the beginning, and at each warm restart (after Loshchilov & Hutter 2017)."""
     parameters, *averages = (jax.tree.map(np.array, parameters) for _ in (0, *config.averages))
-    optimizer = make_optimizer(config, step).init(parameters)
-    return State(parameters, tuple(averages), optimizer, key, jnp.asarray(step))
+    return State(parameters, tuple(averages), make_optimizer(config, step).init(parameters), key, jnp.asarray(step))
 
 
 @jax.jit(static_argnames=("config", "steps", "begin"), donate_argnums=0)
 def advance(state, images, labels, config, steps, begin=0):
-    """Takes optimisation steps, all in one call, since the one after `begin`: the next `State` and the mean loss."""
+    """Takes `steps` steps of the stage that began after step `begin`, in one call: next `State` and mean loss."""
     optimizer, count = make_optimizer(config, begin), config.batch_size
     mean, deviation = config.restart_noise if begin else (config.noise_mean, config.noise_deviation)
     parts = count // PART if CPU and count % PART == 0 else 1
@@ -347,7 +349,7 @@ def advance(state, images, labels, config, steps, begin=0):
         (value, gradient), _ = jax.lax.scan(add_gradient, nothing, batch)
         update, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, update)
-        # At first the averages follow closely, so that they forget the weights at its beginning.
+        # At first the averages follow closely, so that they forget the weights that the stage began with.
         age, pairs = state.step - begin, zip(state.averages, config.averages, strict=True)
         early = (age + 1) / (age + 10)
         averages = tuple(optax.incremental_update(parameters, old, 1 - jnp.minimum(m, early)) for old, m in pairs)
@@ -389,8 +391,7 @@ def train_network(config, splits, seed, *, name, folder, resume):
         curves = {key: [*curves[key], value] for key, value in zip(CURVES, values, strict=True)}
         seconds += time.time() - started
         if values[0] % SNAPSHOT_STEPS == 0:
-            kept = {key: np.asarray(array, "f2") for key, array in state.averages[0].items()}
-            write_file(folder / f"snapshot_{values[0]:05}.npz", kept)
+            write_file(folder / f"snapshot_{values[0]:05}.npz", jax.tree.map(np.float16, state.averages[0]))
         about = json.dumps({"settings": settings, "curves": curves, "seconds": seconds})
         leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
         write_file(path, {"about": np.array(about), **leaves})
@@ -644,7 +645,8 @@ def train(arguments):
     folder = arguments.output_dir / "runs" / SCRIPT / f"{MODEL}_seed_{seed}"
     trained = train_network(config, splits, seed, name=MODEL, folder=folder, resume=arguments.resume)
     averages, curves, seconds = trained
-    parameters = min(averages, key=lambda average: denoising_loss(average, splits["valid"], config))
+    losses = [denoising_loss(average, splits["valid"], config) for average in averages]
+    parameters, average = averages[np.argmin(losses)], config.averages[np.argmin(losses)]
     module = optional(f"experiments.{SCRIPT}", "experiments are") if fid else None
     sampling, choices = module.choose(TASK, parameters, config, fid, folder) if module else (Sampling(), [])
     network = parameters, config, sampling  # after the last choice, the test images are read
@@ -654,7 +656,8 @@ def train(arguments):
     card |= {"epochs": round(config.steps * config.batch_size / len(splits["train"].labels), 1)}
     card |= {"steps": config.steps, "batch_size": config.batch_size, "penalty": marks, "seconds": seconds}
     card |= {"parameters": {"trainable": count, "total": count}, "metrics": metrics, "curves": curves}
-    card |= {"sampling": dataclasses.asdict(sampling), "choices": choices, "measured_on": jax.default_backend()}
+    card |= {"average": average, "sampling": dataclasses.asdict(sampling), "choices": choices}
+    card |= {"measured_on": jax.default_backend()}
     card |= beside(network, splits, fid, arguments.data_dir, seed) if fid else {"second_seed": {}, "scale": {}}
     card |= {"shortened": "--quick: few images and steps" if arguments.quick else None}
     path = write_file(arguments.output_dir / "saved_models" / SCRIPT / f"{MODEL}.npz", parameters)
