@@ -657,9 +657,9 @@ def train(arguments):
     card |= {"steps": config.steps, "batch_size": config.batch_size, "penalty": marks, "seconds": seconds}
     card |= {"parameters": {"trainable": count, "total": count}, "metrics": metrics, "curves": curves}
     card |= {"average": average, "sampling": dataclasses.asdict(sampling), "choices": choices}
-    card |= {"measured_on": jax.default_backend()}
     card |= beside(network, splits, fid, arguments.data_dir, seed) if fid else {"second_seed": {}, "scale": {}}
-    card |= {"shortened": "--quick: few images and steps" if arguments.quick else None}
+    shortened = "--quick: few images and steps" if arguments.quick else None
+    card |= {"shortened": shortened, "measured_on": jax.default_backend()}
     path = write_file(arguments.output_dir / "saved_models" / SCRIPT / f"{MODEL}.npz", parameters)
     write_file(path.with_suffix(".json"), card | {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     print(used, f"wrote {write_results(arguments.output_dir)}", sep="\n")
@@ -667,10 +667,7 @@ def train(arguments):
 
 
 def generate(arguments):
-    """Generates images of the class that the command line names, of random ones where it names none, and writes them.
-
-    The `.npz` holds `images` uint8 (n, 32, 32, 3), `label` (n,), index into `class_names`, and these.
-    """
+    """Writes images of one class or of random ones: `images` uint8 (n, 32, 32, 3), `label` (n,), `class_names`."""
     network, card = load_network(arguments.folder / f"{MODEL}.npz")
     names, chosen = card["class_names"], arguments.class_name
     if chosen is not None and chosen not in names:

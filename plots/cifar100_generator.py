@@ -138,6 +138,8 @@ def draw_curves(card, path):
     # The first points, where the average is still young, would shrink the rest to one line.
     late = np.concatenate([curves[name][len(curves["step"]) // 20 :] for name in ("train_loss", "valid_loss")])
     left.set_ylim(late.min() - 0.1 * np.ptp(late) - 1e-3, late.max() + 0.1 * np.ptp(late) + 1e-3)
+    for step in card["config"]["restarts"]:
+        left.axvline(step, color=figures.GREY, linestyle=":", label="restart, higher noise levels")
     left.legend(loc="upper right")
     left.set_title(f"Averaged weights (momentum {card['config']['averages'][0]:g}), fixed noise")
     if over_time:
@@ -154,7 +156,9 @@ def draw_choices(choices, path):
     for row in choices:
         rows_of.setdefault(row["varied"], []).append(row)
     panels_of = [("guidance", "fid_768", FID), ("guidance", "class_agreement", "class agreement")]
-    panels_of = [panel for panel in [*panels_of, ("steps", "fid_768", FID)] if panel[1] in rows_of[panel[0]][0]]
+    panels_of = [
+        panel for panel in [*panels_of, ("steps", "fid_768", FID)] if panel[1] in rows_of.get(panel[0], [{}])[0]
+    ]
     figure, panels = plt.subplots(1, len(panels_of), figsize=(4 * len(panels_of), 3.8))
     for panel, (varied, metric, label) in zip(panels, panels_of, strict=True):
         rows = rows_of[varied]
