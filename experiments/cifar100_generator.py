@@ -49,6 +49,7 @@ VARIANTS = {
 }
 NUM_SAMPLES = 1000  # that guidance and steps are compared with, against all held-out images
 GUIDANCE = (1.0, 3.0, 5.0, 8.0, 12.0)
+SAME = 0.01  # difference of FID that 1,000 samples cannot tell from none; the weaker guidance is chosen then
 MIN_AGREEMENT = 0.25  # least share of samples that our classifier takes for the class asked for
 STEPS = (9, 18)
 INTERVALS = {"low": 0.2, "high": 3.0}, {"low": 0.0, "high": 100.0}  # of noise levels that guidance is tried at as well
@@ -173,8 +174,9 @@ def choose(task, parameters, config, fid, folder):
 
     options = [dataclasses.replace(task.Sampling(), guidance=guidance) for guidance in GUIDANCE]
     found = [measured("guidance", sampling) for sampling in options]
-    reached = [row for row in found if row.get("class_agreement", 1) >= MIN_AGREEMENT]
-    chosen = options[found.index(min(reached or found, key=lambda row: row["fid_768"]))]
+    reached = [row for row in found if row.get("class_agreement", 1) >= MIN_AGREEMENT] or found
+    lowest = min(row["fid_768"] for row in reached)
+    chosen = options[found.index(next(row for row in reached if row["fid_768"] <= lowest + SAME))]
     for varied, sampling, step in others(task, chosen, config, folder):
         measured(varied, sampling, step)
     return chosen, rows
