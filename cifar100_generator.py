@@ -9,8 +9,8 @@ deterministic sampler turns Gaussian noise, the latent vector, into images.
     python cifar100_generator.py --experiments                      what each choice is worth
     python cifar100_generator.py --load --samples 64 --class tiger  generates images, without a dataset
 
-FID (768-d) of 10,000 samples to the test images 0.69, n = 1; our classifier takes 5 % of them for the class asked for.
-947,836 parameters, 16,000 steps in 102 minutes on 2 cores of a server CPU.
+FID (768-d) of 10,000 samples to the test images 0.45, n = 1; our classifier takes 38 % of them for the class asked for.
+947,836 parameters, 26,000 steps in 160 minutes on 2 cores of a server CPU.
 
 One file, and nothing but NumPy, JAX and Optax to train and sample, as the assignment asks. Moving averages of the
 weights are copies of the same network, not further parameters.
