@@ -63,10 +63,7 @@ class Config:  # of a training run
     label_dropout: float = 0.1  # share of images whose class is withheld, for guidance
     steps: int = 26_000  # optimisation steps
     restarts: tuple = (16_000,)  # steps after which optimiser and averages start again, from the averaged weights
-    restart_noise: tuple = (
-        -0.2,
-        1.5,
-    )  # mean and deviation from then on: higher levels, which decide shapes and classes
+    restart_noise: tuple = (-0.2, 1.5)  # mean and deviation from then on: higher levels decide shapes and classes
     batch_size: int = 64
     learning_rate: float = 1e-3  # the highest, after warm-up and before cosine decay
     averages: tuple = (0.999, 0.9995, 0.9999)  # momenta of moving averages; that of the lowest held-out loss is saved
@@ -361,8 +358,8 @@ def advance(state, images, labels, config, steps, begin=0):
 
 def train_network(config, splits, seed, *, name, folder, resume):
     """Trains on "train", with checkpoints and snapshots in `folder`: averaged weights, learning curves, and seconds."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config))) | {"seed": seed}
-    settings["data"] = checksum_of([splits["train"]])
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    settings |= {"seed": seed, "data": checksum_of([splits["train"]])}
     path, curves, seconds = folder / "checkpoint.npz", {key: [] for key in CURVES}, 0.0
     state = start(init_model(seed, config), jax.random.PRNGKey(seed), 0, config)
     with reading(path, "start over without --resume"):
@@ -396,8 +393,7 @@ def train_network(config, splits, seed, *, name, folder, resume):
         leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
         write_file(path, {"about": np.array(about), **leaves})
         progress = f"{name}, step {values[0]:,} of {config.steps:,}: loss {values[1]:.4f}, validation {values[3]:.4f}"
-        speed = steps * config.batch_size / (time.time() - started)
-        print(f"\r{progress}, {speed:,.0f} images/s", end="", flush=True)
+        print(f"\r{progress}, {steps * config.batch_size / (time.time() - started):,.0f} images/s", end="", flush=True)
     print()
     return jax.tree.map(np.asarray, state.averages), curves, seconds
 
@@ -521,13 +517,12 @@ def sample(parameters, config, sampling, noise, conditions, name=""):
     def generate(noise, conditions):
         def denoiser(noisy, level):
             guided = sampling.guidance != 1 and sampling.low <= level <= sampling.high
-            sigma = np.full(len(noisy), level)
-            return denoise(parameters, noisy, sigma, conditions, sampling.guidance, config, guided)
+            return denoise(parameters, noisy, np.full(len(noisy), level), conditions, sampling.guidance, config, guided)
 
         return heun(denoiser, noise * levels[0], levels)
 
-    images = in_batches(generate, noise, conditions, name=name)
-    return np.rint(np.clip((images + 1) * 127.5, 0, 255)).astype("uint8")
+    images = (in_batches(generate, noise, conditions, name=name) + 1) * 127.5
+    return np.rint(np.clip(images, 0, 255)).astype("uint8")
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -550,8 +545,7 @@ def denoising_loss(parameters, split, config, count=MEASURED_ITEMS):
 def fid_of(compare, memory, network, count, seed, part):
     """Returns what `compare` says of samples of all classes; what the file `memory` holds is not measured again."""
     (parameters, _, sampling), labels = network, BALANCED[:count]  # network: weights, `Config` and `Sampling`
-    weights = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in parameters.values())).hexdigest()
-    key = f"{weights}, {sampling}, {count} samples of seed {seed}, {part}"
+    key = f"{checksum_of([parameters.values()])}, {sampling}, {count} samples of seed {seed}, {part}"
     with reading(memory, "delete it, so that the network is measured again"):
         known = json.loads(memory.read_text("utf-8")) if memory and memory.exists() else {}
     if key not in known:
@@ -643,8 +637,7 @@ def train(arguments):
     count, marks, used = budget(config)
     print(used)
     folder = arguments.output_dir / "runs" / SCRIPT / f"{MODEL}_seed_{seed}"
-    trained = train_network(config, splits, seed, name=MODEL, folder=folder, resume=arguments.resume)
-    averages, curves, seconds = trained
+    averages, curves, seconds = train_network(config, splits, seed, name=MODEL, folder=folder, resume=arguments.resume)
     losses = [denoising_loss(average, splits["valid"], config) for average in averages]
     parameters, average = averages[np.argmin(losses)], config.averages[np.argmin(losses)]
     module = optional(f"experiments.{SCRIPT}", "experiments are") if fid else None
@@ -656,10 +649,9 @@ def train(arguments):
     card |= {"epochs": round(config.steps * config.batch_size / len(splits["train"].labels), 1)}
     card |= {"steps": config.steps, "batch_size": config.batch_size, "penalty": marks, "seconds": seconds}
     card |= {"parameters": {"trainable": count, "total": count}, "metrics": metrics, "curves": curves}
-    card |= {"average": average, "sampling": dataclasses.asdict(sampling), "choices": choices}
+    card |= {"sampling": dataclasses.asdict(sampling), "choices": choices, "measured_on": jax.default_backend()}
     card |= beside(network, splits, fid, arguments.data_dir, seed) if fid else {"second_seed": {}, "scale": {}}
-    shortened = "--quick: few images and steps" if arguments.quick else None
-    card |= {"shortened": shortened, "measured_on": jax.default_backend()}
+    card |= {"shortened": "--quick: few images and steps" if arguments.quick else None, "average": average}
     path = write_file(arguments.output_dir / "saved_models" / SCRIPT / f"{MODEL}.npz", parameters)
     write_file(path.with_suffix(".json"), card | {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     print(used, f"wrote {write_results(arguments.output_dir)}", sep="\n")

@@ -699,6 +699,10 @@ def test_fid_decides_is_measured_and_is_recorded(arrays, tmp_path, monkeypatch, 
     assert task.main(["--train", "--seed", "3", *flags]) == 0
     path = tmp_path / "saved_models" / task.SCRIPT / "diffusion.json"
     card = json.loads(path.read_text())
+    with np.load(tmp_path / "runs" / task.SCRIPT / "diffusion_seed_3" / "checkpoint.npz") as file:
+        of_run = [file[name] for name in file.files if file[name].shape == (101, 8)]  # and averages
+    saved = np.load(path.with_suffix(".npz"))["classes"]
+    assert np.array_equal(saved, of_run[1 + CONFIG.averages.index(card["average"])])
     rows = {row["varied"]: row for row in card["choices"]}
     assert rows.keys() == {"guidance", "interval", "steps", "training"}
     assert {row["compared"] for row in card["choices"]} == {20}
