@@ -376,7 +376,8 @@ def train_network(config, splits, seed, *, folder, resume):
     parameters, checkpoint = init_model(subkey, config), folder / "checkpoint.npz"
     state = State(parameters, parameters, make_optimizer(config).init(parameters), key, jnp.zeros((), int))
     snapshots, curves, seconds = [], {name: [] for name in CURVES}, 0.0
-    settings = {**dataclasses.asdict(config), "widths": list(config.widths), "seed": seed}
+    settings = dataclasses.asdict(config) | {"widths": list(config.widths), "seed": seed}
+    settings |= {"data": checksum_of([splits["train"]])}
     if resume and checkpoint.exists():
         state, snapshots, curves, seconds = restore_checkpoint(checkpoint, settings, state, config)
         print(f"resuming after step {int(state.step):,}")
@@ -406,8 +407,7 @@ def restore_checkpoint(path, settings, fresh, config):
     with reading(path, "start over without --resume"):
         arrays = dict(np.load(path))
         about = json.loads(str(arrays.pop("about")))
-        changed = [name for name in settings if about["settings"][name] != settings[name]]
-        if changed:
+        if changed := [name for name in settings if about["settings"][name] != settings[name]]:
             raise UserError(f"{path} was made with other settings ({', '.join(changed)}); use those, or no --resume")
         curves = {name: np.array(values, float) for name, values in about["curves"].items()}
         template = fresh, [layout(config)] * len(curves["step"])

@@ -491,6 +491,8 @@ def test_a_resumed_training_run_equals_an_uninterrupted_one(splits, stopped, tmp
     changed = task.Config(widths=(4, 4, 4, 4), steps=10, batch_size=4)
     with pytest.raises(task.UserError, match="batch_size"):
         task.train_network(changed, splits, 0, folder=tmp_path, resume=True)
+    with pytest.raises(task.UserError, match=r"other settings \(data\)"):
+        task.train_network(CONFIG, splits | {"train": splits["valid"]}, 0, folder=tmp_path, resume=True)
 
 
 def without(arrays, name):
