@@ -628,7 +628,7 @@ def train(arguments):
         card |= {"epochs": round(config.steps * config.batch_size / len(splits["train"].labels), 1)}
         card |= {"steps": config.steps, "batch_size": config.batch_size, "penalty": penalty(count, config.steps)}
         card |= {"parameters": {"trainable": count, "total": count}, **of_seeds[str(arguments.seed)], "seeds": of_seeds}
-        card |= {"shortened": "--quick: few items and steps" if arguments.quick else None, "curves": curves}
+        card |= {"shortened": "a few items only" if arguments.quick or arguments.sample else None, "curves": curves}
         card["weights_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         write_file(path.with_suffix(".json"), card)
     print(f"wrote {write_results(arguments.output_dir)}")
@@ -716,8 +716,8 @@ def main(argv=None):
         raise UserError("--resume continues a training run, but --load never trains; leave one of them out")
     if arguments.record and (arguments.quick or not arguments.load):
         raise UserError("--record writes down what --load measures; use it with --load and without --quick")
-    if arguments.experiments and (arguments.epochs or arguments.batch_size):
-        raise UserError("--epochs and --batch-size are part of what --experiments compares; leave them out")
+    if (arguments.epochs or arguments.batch_size) and not arguments.train:
+        raise UserError("--epochs and --batch-size are about training runs of --train; leave them out")
     default = "runs/quick" if arguments.quick else "runs/sample" if arguments.sample and not arguments.record else ""
     arguments.output_dir = arguments.output_dir or REPOSITORY / default
     for folder in (arguments.data_dir, arguments.output_dir):

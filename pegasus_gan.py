@@ -680,7 +680,7 @@ def report(arguments, measured=None):
         (found, _), sums, values = measured[name], dataset.checksums, {part: (size, measured[name][0])}
         rows += results.compare(card, found, part=part, size=size, sha256=sums)
         if arguments.record or (arguments.train and not arguments.sample):
-            path = models.model_path(arguments.output_dir, SCRIPT, FILES[name])
+            path = models.models_folder(arguments.output_dir, SCRIPT) / f"{FILES[name]}.keras"
             results.record_metrics(path, None if arguments.sample else sums, **values)
             if not arguments.sample and measured[name][1]:
                 write_json(path.with_suffix(".json"), models.read_card(path) | {"best": measured[name][1].best})
@@ -788,6 +788,8 @@ def main(argv=None):
             raise UserError(f"the GAN cannot do that; use --method {' or '.join(CONDITIONED)}")
         print("wrote", *draw_asked(arguments), sep="\n  ")
         return None
+    if arguments.experiments and (arguments.epochs or arguments.batch_size):
+        raise UserError("--experiments draws from trained networks; leave out --epochs and --batch-size")
     if arguments.experiments:
         return run_experiments(arguments)
     return report(arguments, train(arguments) if arguments.train else None)

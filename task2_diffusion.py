@@ -451,7 +451,7 @@ def report(arguments, evaluation=None):
         if arguments.record:
             found = {each: (size, measured[name][each]) for each, size in sizes.items()}
             found = {"sample": found["test"]} if arguments.sample else found
-            path = models.model_path(arguments.output_dir, SCRIPT, name)
+            path = models.models_folder(arguments.output_dir, SCRIPT) / f"{name}.keras"
             results.record_metrics(path, None if arguments.sample else checksums, **found)
     if arguments.train or (arguments.record and not arguments.sample):
         summary = summarise(cards, measured, evaluation, read_experiments(arguments))

@@ -68,7 +68,8 @@ def parse(flags, argv=None):
     """
     arguments = flags.parse_args(argv)
     if arguments.output_dir is None:
-        folder = "runs/quick" if arguments.quick else "runs/sample" if arguments.sample else "."
+        on_sample = arguments.sample and not arguments.record
+        folder = "runs/quick" if arguments.quick else "runs/sample" if on_sample else "."
         arguments.output_dir = (REPOSITORY / folder).resolve()
     if arguments.resume and arguments.load:
         raise UserError("--resume continues a training run, but --load never trains; leave one of them out")
@@ -81,6 +82,11 @@ def parse(flags, argv=None):
         raise UserError("--record writes down what --load measures; add --load or leave it out")
     if arguments.record and arguments.quick:
         raise UserError("--quick measures a few images only, which --record must not write down; leave one of them out")
+    models = arguments.output_dir / "saved_models" / Path(flags.prog).stem
+    if arguments.record and not models.is_dir():  # `--load` reads the models of the repository then
+        raise UserError(f"--record writes onto the cards in {models}, which is missing; leave --output-dir out")
+    if (arguments.epochs or arguments.batch_size) and arguments.load:
+        raise UserError("--epochs and --batch-size are about training runs, but --load never trains; leave them out")
     if arguments.data_dir.exists() and not arguments.data_dir.is_dir():
         raise UserError(f"--data-dir {arguments.data_dir} is a file; name the folder that holds the datasets")
     arguments.command = shlex.join(["python", flags.prog, *(sys.argv[1:] if argv is None else map(str, argv))])
