@@ -182,8 +182,9 @@ def fit(model, inputs, targets, *, config, seed, folder, resume, precision="floa
 
     `inputs` and `targets` are an array or a dict of arrays each, `targets` None for a model with a loss of its own. The
     checkpoint in `folder` stays after the end, so that a script that trains several models skips the finished ones when
-    it is resumed; it must be of the same `config` (with `epochs` and `batch_size`), `seed` and `precision`. A callback
-    that sets `model.stop_training` ends the run for good. Further `keywords` go to `keras.Model.fit`.
+    it is resumed; it must be of the same `config` (with `epochs` and `batch_size`), `seed`, `precision` and number of
+    examples. A callback that sets `model.stop_training` ends the run for good. Further `keywords` go to
+    `keras.Model.fit`.
 
     Returns the learning curves, a dict from metric name to one float per epoch, and the seconds of all epochs. Raises
     `Diverged` where the loss is no longer finite, and `UserError` where the checkpoint cannot be used.
@@ -197,6 +198,7 @@ def fit(model, inputs, targets, *, config, seed, folder, resume, precision="floa
     for old in [] if resume else filter(None, (folder, logs)):
         shutil.rmtree(old, ignore_errors=True)
     settings = {**dataclasses.asdict(config), "seed": seed, "precision": precision}
+    settings["examples"] = len(keras.tree.flatten(inputs)[0])  # another dataset nearly always has another number
     settings |= {"devices": devices} if devices > 1 else {}
     checkpoint = Checkpoint(folder, settings, callbacks)
     if logs:

@@ -389,6 +389,9 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path):
         fit(small_model(), tmp_path, 2, resume=True)
     with pytest.raises(UserError, match=r"other settings \(precision\)"):
         fit(small_model(), tmp_path, 1, resume=True, precision="mixed_bfloat16")
+    options = {"config": Config(1), "seed": 0, "folder": tmp_path, "resume": True}
+    with pytest.raises(UserError, match=r"other settings \(examples\)"):
+        training.fit(small_model(), INPUTS[:4], TARGETS[:4], **options)
 
 
 def change_state(folder, **fields):
