@@ -80,8 +80,11 @@ def cached_features(weights, images, data_dir, name=""):
             raise UserError(f"{path} is damaged ({error!r:.100}); delete it") from error
         return found
     found = features(weights, images, name)
-    with replacing(path) as temporary:
-        np.save(temporary, found)
+    try:
+        with replacing(path) as temporary:
+            np.save(temporary, found)
+    except UserError as error:  # they are here all the same
+        print(f"the features of {name} are not kept: {error}")
     return found
 
 

@@ -117,6 +117,14 @@ def test_features_of_fixed_sets_are_kept(constant_network, tmp_path):
         fid.cached_features(weights, images, tmp_path)
 
 
+def test_features_are_returned_where_they_cannot_be_kept(constant_network, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    images = np.full((3, 2, 2, 3), 7, np.uint8)
+    found = fid.cached_features({"a": np.ones(2)}, images, tmp_path, "test images")
+    assert found.shape == (3, fid.NUM_FEATURES)
+    assert "features of test images are not kept: cannot write" in capsys.readouterr().out
+
+
 def test_missing_and_damaged_weights(tmp_path, monkeypatch, networks):
     monkeypatch.setattr(fid, "PUBLISHED", tmp_path / "published" / fid.WEIGHTS)
     with pytest.raises(UserError, match=rf"is missing; get .*published .*put it into {tmp_path}$"):
