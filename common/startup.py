@@ -56,8 +56,11 @@ if _backend not in BACKENDS or importlib.util.find_spec(_backend) is None:
 _workers = len(re.findall(r':\d+"', os.environ.get("TF_CONFIG", ""))) if _training else 0
 if _backend == "tensorflow" and (_several or _workers > 1):
     _end("Keras cannot train in several processes under TensorFlow; set KERAS_BACKEND=jax, as README.md says")
-if _backend == "jax":  # TensorFlow, which writes logs, would otherwise take all memory of a GPU
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+# TensorFlow writes logs under JAX, and JAX measures FID under TensorFlow: neither may take all memory of a GPU.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+if _backend == "tensorflow":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+else:
     os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "false")  # with it, SIGTERM would not end a process
 _handler = signal.getsignal(signal.SIGINT)
 _main_thread = threading.current_thread() is threading.main_thread()  # only that one may set handlers
