@@ -405,12 +405,17 @@ def photos():
     return [str(folder / "JPEGImages" / f"{name}.jpg") for name in names]
 
 
+@functools.cache
+def segmenter(model):
+    return models.for_prediction(restored(voc_segmentation, model))
+
+
 def segment_photo(path, model):
     """Returns overlay and mask of a photo, no larger than `MAX_SIDE`, and how much of it belongs to objects."""
     with shown_errors(path):
         if path is None:
             return None, None, ""
-        network = models.for_prediction(restored(voc_segmentation, model))
+        network = segmenter(model)
         mask, overlay = voc_segmentation.segment(network, read_image(path, "RGB"))
         share = np.mean(np.asarray(mask) > 0)
         for image in (mask, overlay):
