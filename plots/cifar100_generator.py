@@ -138,8 +138,10 @@ def draw_curves(card, path):
     # The first points, where the average is still young, would shrink the rest to one line.
     late = np.concatenate([curves[name][len(curves["step"]) // 20 :] for name in ("train_loss", "valid_loss")])
     left.set_ylim(late.min() - 0.1 * np.ptp(late) - 1e-3, late.max() + 0.1 * np.ptp(late) + 1e-3)
-    for step in card["config"]["restarts"]:
-        left.axvline(step, color=figures.GREY, linestyle=":", label="restart, higher noise levels")
+    restarts = [step for step in card["config"]["restarts"] if step < curves["step"][-1]]
+    for number, step in enumerate(restarts):
+        label = "" if number else "restart, higher noise levels"
+        left.axvline(step, color=figures.GREY, linestyle=":", label=label)
     left.legend(loc="upper right")
     left.set_title(f"Averaged weights (momentum {card['config']['averages'][0]:g}), fixed noise")
     if over_time:
