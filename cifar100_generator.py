@@ -32,7 +32,6 @@ import hashlib
 import http.client
 import importlib
 import io
-import itertools
 import json
 import math
 import platform
@@ -72,7 +71,7 @@ class Config:  # of a training run
 @dataclasses.dataclass(frozen=True)
 class Sampling:  # how images are generated
     steps: int = 18  # of Heun's method, which calls the network twice in all but the last
-    guidance: float = 5.0  # 1 is the conditional network, more exaggerates the class (Ho & Salimans 2022)
+    guidance: float = 5.0  # until one is chosen; 1 is the network, more exaggerates the class (Ho & Salimans 2022)
     low: float = 0.2  # guidance applies between these noise levels only (Kynkäänniemi et al. 2024)
     high: float = 20.0
 
@@ -189,7 +188,7 @@ def unet(weight, inputs, log_sigma, conditions, config):
         kernel = weight(f"{name}_kernel", (size, size, maps.shape[-1], filters), gain)
         return convolve(maps, kernel, stride) + weight(f"{name}_bias", (filters,), 0.0)
 
-    def normalized(maps, scale, shift):  # group normalisation (Wu & He 2018), one scale and shift per image and channel
+    def normalized(maps, scale, shift):  # group normalisation (Wu & He 2018), scale and shift per image or for all
         count, *_, channels = maps.shape
         moments = maps.mean((1, 2)), jnp.square(maps).mean((1, 2))
         mean, square = (m.reshape(count, channels // 8, 8).mean(-1).repeat(8, axis=-1) for m in moments)
@@ -219,7 +218,7 @@ def unet(weight, inputs, log_sigma, conditions, config):
     angles = log_sigma[:, None] * 2.0 ** jnp.linspace(-2, 3, 16)
     embedded = dense(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1), "noise", config.embedding)
     classes = weight("classes", (NUM_CLASSES + 1, config.embedding), 10.0)  # about 1 each
-    embedded = embedded + jnp.matmul(conditions, classes)
+    embedded = embedded + jnp.matmul(conditions, classes, precision="highest")
     embedded = jax.nn.silu(dense(jax.nn.silu(embedded), "embedded", config.embedding))
 
     count, patch, side, last = len(inputs), config.patch, SIDE // config.patch, len(config.widths) - 1
@@ -336,14 +335,9 @@ def advance(state, images, labels, config, steps, begin=0):
         dropped = jax.random.bernoulli(drop_key, config.label_dropout, (count,))
         conditions = jax.nn.one_hot(jnp.where(dropped, NUM_CLASSES, labels[chosen]), NUM_CLASSES + 1)
         noise = jax.random.normal(noise_key, clean.shape)
-
-        def add_gradient(total, part):
-            found = jax.value_and_grad(loss)(state.parameters, *part)
-            return jax.tree.map(lambda old, new: old + new / parts, total, found), None
-
         batch = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), (clean, noise, sigma, conditions))
-        nothing = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.parameters))
-        (value, gradient), _ = jax.lax.scan(add_gradient, nothing, batch)
+        found = jax.lax.map(lambda part: jax.value_and_grad(loss)(state.parameters, *part), batch)
+        value, gradient = jax.tree.map(lambda of_parts: of_parts.mean(axis=0), found)
         update, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, update)
         # At first the averages follow closely, so that they forget the weights that the stage began with.
@@ -366,7 +360,7 @@ def train_network(config, splits, seed, *, name, folder, resume):
         if resume and path.exists():
             arrays, expected = dict(np.load(path)), {str(n): leaf for n, leaf in enumerate(jax.tree.leaves(state))}
             about = json.loads(str(arrays.pop("about")))
-            changed = ", ".join(key for key in settings if about["settings"].get(key, settings[key]) != settings[key])
+            changed = ", ".join(key for key in settings if about["settings"].get(key) != settings[key])
             if changed:
                 raise UserError(f"{path} was made with other settings ({changed}); use those, or no --resume")
             curves, seconds = {name: list(about["curves"][name]) for name in CURVES}, float(about["seconds"])
@@ -390,8 +384,7 @@ def train_network(config, splits, seed, *, name, folder, resume):
         if values[0] % SNAPSHOT_STEPS == 0:
             write_file(folder / f"snapshot_{values[0]:05}.npz", jax.tree.map(np.float16, state.averages[0]))
         about = json.dumps({"settings": settings, "curves": curves, "seconds": seconds})
-        leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
-        write_file(path, {"about": np.array(about), **leaves})
+        write_file(path, {"about": np.array(about), **{str(n): leaf for n, leaf in enumerate(jax.tree.leaves(state))}})
         progress = f"{name}, step {values[0]:,} of {config.steps:,}: loss {values[1]:.4f}, validation {values[3]:.4f}"
         print(f"\r{progress}, {steps * config.batch_size / (time.time() - started):,.0f} images/s", end="", flush=True)
     print()
@@ -410,8 +403,6 @@ def write_file(path, content):
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".*.{path.name}"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
@@ -429,7 +420,7 @@ def reading(path, advice):
     try:
         yield
     except Exception as error:  # libraries raise dozens of kinds; none is hidden
-        if isinstance(error, UserError):
+        if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):  # the file may be good
             raise
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error!r:.120})"
         raise UserError(f"{getattr(error, 'filename', None) or path} {reason}; {advice}") from error
@@ -483,7 +474,7 @@ def noise_levels(steps):
 
 def heun(denoiser, noisy, levels):
     """Follows the probability flow from noise level `levels[0]` to the last (Karras et al. 2022, algorithm 1)."""
-    for level, following in itertools.pairwise(levels):
+    for level, following in np.stack([levels[:-1], levels[1:]], axis=1):
         slope = (noisy - denoiser(noisy, level)) / level
         proposal = noisy + (following - level) * slope
         if following > 0:
@@ -588,6 +579,8 @@ def parts_of(arguments, splits):
     if not arguments.sample:  # which has too few images for FID
         images = {part: split.images[:MEASURED_ITEMS] for part, split in splits.items()}
         memory = arguments.output_dir / "runs" / SCRIPT / "measured.json" if arguments.train else None
+        if memory and not arguments.resume:
+            memory.unlink(missing_ok=True)
         fid = functools.partial(fid_of, module.comparison(arguments.data_dir, images, CLASSIFIER), memory)
     return parts, {name: of.images for name, of in training.items() if name in parts}, fid
 
@@ -651,7 +644,7 @@ def train(arguments):
     card |= {"parameters": {"trainable": count, "total": count}, "metrics": metrics, "curves": curves}
     card |= {"sampling": dataclasses.asdict(sampling), "choices": choices, "measured_on": jax.default_backend()}
     card |= beside(network, splits, fid, arguments.data_dir, seed) if fid else {"second_seed": {}, "scale": {}}
-    card |= {"shortened": "--quick: few images and steps" if arguments.quick else None, "average": average}
+    card |= {"shortened": "a few images only" if arguments.quick or arguments.sample else None, "average": average}
     path = write_file(arguments.output_dir / "saved_models" / SCRIPT / f"{MODEL}.npz", parameters)
     write_file(path.with_suffix(".json"), card | {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     print(used, f"wrote {write_results(arguments.output_dir)}", sep="\n")
@@ -661,7 +654,9 @@ def train(arguments):
 def generate(arguments):
     """Writes images of one class or of random ones: `images` uint8 (n, 32, 32, 3), `label` (n,), `class_names`."""
     network, card = load_network(arguments.folder / f"{MODEL}.npz")
-    names, chosen = card["class_names"], arguments.class_name
+    names, chosen, folder = card["class_names"], arguments.class_name, arguments.export
+    if folder and folder.exists() and (folder.is_file() or any(folder.iterdir())):  # others would be measured, too
+        raise UserError(f"{folder} is not an empty folder; choose another one for --export")
     if chosen is not None and chosen not in names:
         raise UserError(f"there is no class {chosen}; choose one of {', '.join(names)}")
     changed = {name: getattr(arguments, name) for name in ("steps", "guidance") if getattr(arguments, name) is not None}
@@ -673,9 +668,9 @@ def generate(arguments):
     written = [write_file(path, {"images": images, "label": labels, "class_names": names})]
     if tools := optional("common.images", "PNG files are"):
         written.append(tools.write_grid(images, path.with_suffix(".png"), 2))
-        for number, image in enumerate(images if arguments.export else ()):
-            tools.write_grid(image[None], arguments.export / f"{number:05}.png", 1)
-        written += [f"{len(images):,} PNG files in {arguments.export}"] if arguments.export else []
+        for number, image in enumerate(images if folder else ()):
+            tools.write_grid(image[None], folder / f"{number:05}.png", 1)
+        written += [f"{len(images):,} PNG files in {folder}"] if folder else []
     print("wrote", *written, sep="\n  ")
 
 
@@ -771,8 +766,8 @@ def main(argv=None):
         raise UserError("--resume continues a training run, but --load never trains; leave one of them out")
     if arguments.record and (arguments.quick or not arguments.load):
         raise UserError("--record writes down what --load measures; use it with --load and without --quick")
-    if arguments.experiments and (arguments.epochs or arguments.batch_size):
-        raise UserError("--epochs and --batch-size are part of what --experiments compares; leave them out")
+    if (arguments.epochs or arguments.batch_size) and not arguments.train:
+        raise UserError("--epochs and --batch-size are about training runs of --train; leave them out")
     default = "runs/quick" if arguments.quick else "runs/sample" if arguments.sample and not arguments.record else ""
     arguments.output_dir = arguments.output_dir or REPOSITORY / default
     if file := next((path for path in (arguments.data_dir, arguments.output_dir) if path.is_file()), None):

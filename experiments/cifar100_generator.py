@@ -1,7 +1,8 @@
 """The planned comparisons of cifar100_generator.py: what is each choice worth, and how should images be generated?
 
-Training: one change at a time from a baseline with a short budget, judged by the loss on held-out images: conditional,
-at the noise levels that the baseline is trained with, by the best of its averages. It says nothing of guided samples.
+Training: one choice at a time changed in a baseline with a short budget, judged by the loss on held-out images:
+conditional, at the noise levels that the baseline is trained with, by the best of its averages. It says nothing of
+guided samples.
 The baseline runs with five seeds, whose standard deviation is the noise; a variant shares two of them.
 Sampling: the guidance of a finished network is chosen by FID (768-d) to held-out images,
 among those of which our classifier recognises at least a quarter of the samples.
@@ -113,8 +114,8 @@ def compare(text):
     """Compares every experiment with the baseline.
 
     Returns a dict from name to parameters, valid_loss (mean), values (one per seed), difference (mean over the seeds
-    that both have), noise (standard deviation of the baseline) and resolved (whether the difference exceeds twice the
-    noise of such a mean); None where that cannot be said yet.
+    that both have), noise (standard deviation of the baseline) and resolved (whether the difference exceeds twice its
+    standard error, by noise and by pairs); None where that cannot be said yet.
     """
     runs, compared = {}, {}
     for row in read_rows(text):
@@ -126,6 +127,8 @@ def compare(text):
         differences = [float(own[s]["valid_loss"]) - float(baseline[s]["valid_loss"]) for s in own if s in baseline]
         difference = statistics.fmean(differences) if differences else None
         known = differences and noise is not None
+        of_pairs = statistics.stdev(differences) if len(differences) > 1 else 0.0
+        spread = max(math.sqrt(2) * noise, of_pairs) if known else None  # of the difference of one pair
         values = [float(row["valid_loss"]) for row in own.values()]
         compared[name] = {
             "parameters": int(next(iter(own.values()))["parameters"]),
@@ -133,7 +136,7 @@ def compare(text):
             "values": values,
             "difference": difference,
             "noise": noise,
-            "resolved": abs(difference) > 2 * noise * math.sqrt(2 / len(differences)) if known else None,
+            "resolved": abs(difference) > 2 * spread / math.sqrt(len(differences)) if known else None,
         }
     return compared
 

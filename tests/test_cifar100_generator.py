@@ -1,5 +1,6 @@
 """The CIFAR-100 generator: its counters, network, sampler, data, training, every file that it reads, command line."""
 
+import argparse
 import csv
 import dataclasses
 import hashlib
@@ -534,6 +535,8 @@ def test_experiments_are_compared_on_common_seeds():
     assert compared["baseline"]["noise"] == pytest.approx(0.02)
     assert compared["better"]["difference"] == pytest.approx(-0.1)
     assert compared["better"]["resolved"]
+    uneven = table(*baseline, row("uneven", 0, 0.40), row("uneven", 1, 0.60))
+    assert experiments.compare(uneven)["uneven"]["resolved"] is False  # as its two seeds disagree
     assert compared["close"]["resolved"] is False
     assert compared["other"]["difference"] is None
     assert "not resolved" in experiments.summary(compared)
@@ -715,6 +718,12 @@ def test_fid_decides_is_measured_and_is_recorded(arrays, tmp_path, monkeypatch, 
     assert results["second_seed"] == card["second_seed"]
     assert all(np.array_equal(handed[4][0], task.draw_noise(200, 3)[0]) for handed in drawn)
     assert len(drawn) == 2
+    memory = tmp_path / "runs" / task.SCRIPT / "measured.json"
+    arguments = argparse.Namespace(load=False, train=True, quick=False, sample=False)
+    arguments.data_dir = arguments.output_dir = tmp_path
+    for arguments.resume in (True, False):  # without it, nothing measured earlier may be used
+        task.parts_of(arguments, task.load_data(tmp_path)[0])
+        assert memory.exists() == arguments.resume
     capsys.readouterr()
     changed = arrays | {"test_images": arrays["test_images"][:, ::-1].copy()}
     write_cache(tmp_path / "other" / "cache" / "cifar100", changed, np.arange(1000))
@@ -767,6 +776,8 @@ def test_images_are_generated_without_a_dataset(trained, tmp_path, capsys):
     assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     single = plots.plt.imread(tmp_path / "png" / "00004.png")[..., :3]
     assert np.array_equal(np.rint(single * 255).astype("uint8"), tigers[4])
+    with pytest.raises(task.UserError, match=r"png is not an empty folder"):
+        task.main([*flags, "--samples", "4", "--export", str(tmp_path / "png")])
     with pytest.raises(task.UserError, match=r"no class lynx; choose one of apple"):
         task.main([*flags, "--class", "lynx"])
 

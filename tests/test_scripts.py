@@ -261,7 +261,7 @@ def test_common_has_no_import_circles():
 def test_sizes_of_the_code():
     lengths = {path.stem: len(path.read_text().splitlines()) for path in REPOSITORY.glob("*.py")}
     # Two generators, two judges and four ways to a Pegasus take more than the others; so does a file that stands alone.
-    limits = dict.fromkeys(lengths, 750) | {"pegasus_gan": 800, "cifar100_generator": 805}
+    limits = dict.fromkeys(lengths, 750) | {"pegasus_gan": 800, "cifar100_generator": 800}
     assert not [name for name, length in lengths.items() if length > limits[name]]
     common = sum(len(path.read_text().splitlines()) for path in (REPOSITORY / "common").glob("*.py"))
     assert common < 3900  # of it clocks, diffusion models, the network of FID and winged horses take 1,500
