@@ -61,18 +61,9 @@ def interpolations(noise, conditions):
     return np.array(noises, "float32"), np.array(weights, "float32")
 
 
-def tiled(images, columns):
-    """Returns images (n, height, width, 3) as one image, row by row, with white lines between them."""
-    images = np.concatenate([images, np.full((-len(images) % columns, *images.shape[1:]), 255, "uint8")])
-    framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    height, width = framed.shape[1:3]
-    rows = framed.reshape(-1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
-    return rows.reshape(-1, columns * width, 3)
-
-
 def show(axes, images, columns, title):
     """Shows images as one grid; faster than an axes for each."""
-    figures.show_image(axes, tiled(images, columns))
+    figures.show_image(axes, figures.tiled(images, columns))
     axes.set_title(title)
 
 

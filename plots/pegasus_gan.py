@@ -19,16 +19,9 @@ METHODS = {
 }
 
 
-def tiles(images):
-    """Returns one image of `images` (rows, columns, height, width, 3) with white lines between them."""
-    framed = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    rows, columns, height, width, _ = framed.shape
-    return framed.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
-
-
 def grid(axes, images, rows=None, columns=None, title=None):
     """Shows `images` (rows, columns, height, width, 3) with names of rows and columns."""
-    shown = tiles(images)
+    shown = figures.tiled(images.reshape(-1, *images.shape[2:]), images.shape[1])
     axes.imshow(shown, interpolation="nearest")
     height, width = shown.shape[0] / len(images), shown.shape[1] / images.shape[1]
     axes.set_yticks((np.arange(len(images)) + 0.5) * height if rows else [], rows)
@@ -88,7 +81,7 @@ def draw_way(stages, results, path, rows=4, columns=8):
             if mask.max() > 0.5:
                 places = np.arange(len(mask)) + 1
                 axes.contour(places + column * side, places + row * side, mask, [0.5], colors=figures.ORANGE)
-    axes.set_title("From noise to Pegasus: estimates of the image; outline: region guided by the class of the wings")
+    axes.set_title("Composition: estimates of the image; outline: region guided by the class of the wings")
     return figures.save(figure, path)
 
 
@@ -125,20 +118,21 @@ def draw_nearest(nearest, path, count=8):
 
 
 def draw_scores(scores, path):
-    """Distribution of the score of judge B for every set of images: one point per image, and the median."""
+    """Distribution of the score of judge B for every set of images: one point per image, and the mean."""
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(scores) + 0.9))
     for place, (name, values) in enumerate(scores.items()):
         color = figures.BLUE if name in METHODS else figures.ORANGE if name.endswith("_raw") else figures.GREY
         shown = values[:1000]
         height = place + np.random.default_rng(0).uniform(-0.3, 0.3, len(shown))
         axes.scatter(shown, height, s=4, color=color, alpha=0.5, linewidths=0)
-        axes.plot([np.median(values)] * 2, [place - 0.4, place + 0.4], color=figures.BLACK)
+        axes.plot([np.mean(values)] * 2, [place - 0.4, place + 0.4], color=figures.BLACK)
     raw = {f"{method}_raw": f"{name}, not denoised" for method, name in METHODS.items()}
     names = METHODS | raw | {"pixel_average": "Pixel averages of horse and bird"}
+    names |= {"horse_train": "Real: horse, training images", "horse_samples": "Generated: horse"}
     axes.set_yticks(range(len(scores)), [names.get(name, f"Real: {name}") for name in scores])
     label = r"score of judge B: $\sqrt{p(\mathrm{horse}) \cdot \max(p(\mathrm{bird}), p(\mathrm{airplane}))}$"
     axes.set(xlim=(-0.02, 1.02), ylim=(len(scores) - 0.5, -0.5), xlabel=label)
-    axes.set_title("Score of judge B per image; bars mark medians")
+    axes.set_title("Score of judge B per image; bars mark means")
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     return figures.save(figure, path)

@@ -90,14 +90,15 @@ def draw_upsampling(test, probabilities, cards, path):
     titles = {
         "foreground_iou": "foreground IoU",
         "boundary_f_score": "boundary F-score",
-        "checkerboard": "energy share, period of 2 pixels",
+        "checkerboard": "energy at a period of 2 pixels, %",
     }
     columns, crop = min(6, len(test.images)), slice(32, 96)
     figure = plt.figure(figsize=(10, 8))
     above, below = figure.subfigures(2, 1, height_ratios=(1, 2))
     for panel, (metric, title) in zip(above.subplots(1, 3), titles.items(), strict=True):
         for place, model in enumerate(UNETS):
-            values = [seed["metrics"]["test"][metric] for seed in cards[model]["seeds"]]
+            scale = 100 if metric == "checkerboard" else 1
+            values = [scale * seed["metrics"]["test"][metric] for seed in cards[model]["seeds"]]
             panel.scatter([place] * len(values), values, color=COLORS[model])
         panel.set_xticks([0, 1], UNETS.values())
         panel.set(xlim=(-0.5, 1.5), title=title)

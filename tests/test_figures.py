@@ -93,3 +93,11 @@ def test_show_image_uses_the_whole_grey_range():
     assert axes.images[0].get_clim() == (0, 255)
     assert axes.get_title() == "grey"
     plt.close("all")
+
+
+def test_tiled_images_keep_their_order():
+    images = np.arange(3, dtype="uint8")[:, None, None, None] * np.ones((1, 2, 2, 3), "uint8")
+    shown = figures.tiled(images, 2)
+    assert shown.shape == (8, 8, 3)
+    assert [shown[1, 1, 0], shown[1, 5, 0], shown[5, 1, 0], shown[5, 5, 0]] == [0, 1, 2, 255]
+    assert (shown[[0, 3, 4, 7]] == 255).all()
