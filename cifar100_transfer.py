@@ -692,10 +692,10 @@ def draw_figures(plots, summary, cards, probabilities, test, class_names, argume
     counts = confusion_matrix(test.coarse_labels, superclasses[predicted], labels=range(NUM_SUPERCLASSES))
     mistakes = confident_mistakes(probabilities[BEST], test.labels, 16)
     titles = [f"{class_names[test.labels[each]]}\n{class_names[predicted[each]]}?" for each in mistakes]
-    pairs = {}
+    pairs, names = {}, np.take(class_names, test.labels)
     for a, b, count in confused_pairs(predicted, test.labels, 6):
         taken = ((test.labels == a) & (predicted == b)) | ((test.labels == b) & (predicted == a))
-        pairs[f"{class_names[a]}, {class_names[b]}: {count}"] = test.images[np.flatnonzero(taken)[:6]]
+        pairs[f"{class_names[a]}, {class_names[b]}: {count}"] = test.images[taken][:6], names[taken][:6]
     reliabilities = {name: reliability(probabilities[name], test.labels) for name in (BEST, "ensemble")}
     order = summary["ensemble"]["members"]
     order = [*order, *(name for name in reversed(MODELS) if name not in order)]

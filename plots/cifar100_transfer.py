@@ -149,15 +149,16 @@ def draw_superclass_accuracy(accuracies, path):
 
 
 def draw_pairs(pairs, path):
-    """Test images of the most confused pairs of classes: dict from title to at most six images, a block each."""
+    """The most confused pairs of classes: dict from title to up to six test images and their classes, a block each."""
     figure = plt.figure(figsize=(10, 2.6))
-    for part, (title, images) in zip(figure.subfigures(2, 3).flat, pairs.items(), strict=False):
+    for part, (title, (images, names)) in zip(figure.subfigures(2, 3).flat, pairs.items(), strict=False):
         for axes in part.subplots(1, 6):
             axes.set_axis_off()
-        for axes, image in zip(part.axes, images, strict=False):
-            figures.show_image(axes, image)
+        for axes, image, name in zip(part.axes, images, names, strict=False):
+            figures.show_image(axes, image, name.replace(" ", "\n"))
         part.suptitle(title, x=0.02, ha="left", fontsize=9)
-    figure.suptitle("Classes most often taken for each other: mistakes, and the first six of them", x=0.01, ha="left")
+    title = "Classes most often taken for each other: number of mistakes, and the first six with their true class"
+    figure.suptitle(title, x=0.01, ha="left")
     return figures.save(figure, path)
 
 
