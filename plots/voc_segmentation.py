@@ -106,11 +106,13 @@ def draw_upsampling(test, probabilities, cards, path):
     for column in range(columns):
         figures.show_image(axes[0, column], test.images[column, crop, crop])
         for panel, model in zip(axes[1:, column], UNETS, strict=True):
-            show_probability(panel, probabilities[model][column, crop, crop])
+            probability = probabilities[model][column, crop, crop]
+            show_probability(panel, probability)
+            panel.contour(probability, [0.5], colors=figures.ORANGE, linewidths=0.8)
     for panel, name in zip(axes[:, 0], ("image", *UNETS.values()), strict=True):
         panel.set_title(name, fontsize=9, loc="left")
     above.suptitle("Two U-Nets that differ in their upsampling: test scores, one point per seed", x=0.01, ha="left")
-    title = f"Centre of the first {columns} test images, and the predicted probability of an object"
+    title = f"Centre of the first {columns} test images, predicted probability of an object, and outline of the mask"
     below.suptitle(title, x=0.01, ha="left")
     return figures.save(figure, path)
 
