@@ -82,7 +82,7 @@ def parse(flags, argv=None):
         raise UserError("--record writes down what --load measures; add --load or leave it out")
     if arguments.record and arguments.quick:
         raise UserError("--quick measures a few images only, which --record must not write down; leave one of them out")
-    models = arguments.output_dir / "saved_models" / Path(flags.prog).stem
+    models = arguments.output_dir / "saved_models"
     if arguments.record and not models.is_dir():  # `--load` reads the models of the repository then
         raise UserError(f"--record writes onto the cards in {models}, which is missing; leave --output-dir out")
     if (arguments.epochs or arguments.batch_size) and arguments.load:

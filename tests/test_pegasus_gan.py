@@ -563,7 +563,7 @@ for name, config in script.CONFIGS.items():
         (["--load", "--method", "learned", "--class", "horse"], "not allowed with"),
         (["--load", "--model", "gan", "--method", "collage"], "use --method blend or learned"),
         (["--load", "--samples", "4", "--model", "judge_a"], "needs a trained generator"),
-        (["--load", "--samples", "4", "--record"], "are about metrics"),
+        (["--load", "--samples", "4", "--sample"], "are about metrics"),
         (["--load", "--class", "horse", "--wings", "bird"], "leave out --class or --wings"),
     ],
 )
