@@ -68,8 +68,7 @@ def parse(flags, argv=None):
     """
     arguments = flags.parse_args(argv)
     if arguments.output_dir is None:
-        on_sample = arguments.sample and not arguments.record
-        folder = "runs/quick" if arguments.quick else "runs/sample" if on_sample else "."
+        folder = "runs/quick" if arguments.quick else "runs/sample" if arguments.sample else "."
         arguments.output_dir = (REPOSITORY / folder).resolve()
     if arguments.resume and arguments.load:
         raise UserError("--resume continues a training run, but --load never trains; leave one of them out")
@@ -84,7 +83,7 @@ def parse(flags, argv=None):
         raise UserError("--quick measures a few images only, which --record must not write down; leave one of them out")
     models = arguments.output_dir / "saved_models"
     if arguments.record and not models.is_dir():  # `--load` reads the models of the repository then
-        raise UserError(f"--record writes onto the cards in {models}, which is missing; leave --output-dir out")
+        raise UserError(f"--record writes onto the cards in {models}, which is missing; choose another --output-dir")
     if (arguments.epochs or arguments.batch_size) and arguments.load:
         raise UserError("--epochs and --batch-size are about training runs, but --load never trains; leave them out")
     if arguments.data_dir.exists() and not arguments.data_dir.is_dir():
