@@ -542,6 +542,8 @@ def evaluate_pegasus(tools, judges, splits, arguments, on_sample, best=None):
     pairs = min(map(len, sets.values()))
     sets["pixel_average"] = np.rint((sets["horse"][:pairs].astype(float) + sets["bird"][:pairs]) / 2).astype("uint8")
     seeds = (arguments.seed * STRIDE + np.arange(1 if arguments.quick or on_sample else NUM_BATCHES)).tolist()
+    sets["horse_train"] = of_class(train, "horse")
+    sets["horse_samples"] = sample(tools.sampler, one_hot(np.full(count, HORSE)), seeds[0], count)
     drawn, found, best_images, nearest = {}, {}, {}, {}
     for method in METHODS:
         for seed in dict.fromkeys([seeds[0], best[method]["seed"]]) if best else seeds:
@@ -650,9 +652,8 @@ def run_experiments(arguments):
         if method == "learned":
             sampling = dataclasses.replace(LEARNED_SAMPLING, **changed)
             null = NULL if options.get("away_from") == "no class" else PLAIN_HORSE
-            images = sample(
-                build_sampler(network, config, sampling, arguments.quick, null), learned(wings), seed, count
-            )
+            sampler = build_sampler(network, config, sampling, arguments.quick, null)
+            images = sample(sampler, learned(wings), seed, count)
         else:
             function, settings = (draw_composition, COMPOSITION) if method == "composition" else (draw_collage, COLLAGE)
             settings = dataclasses.replace(settings, **changed | ({"steps": QUICK_STEPS} if arguments.quick else {}))
@@ -779,9 +780,7 @@ def main(argv=None):
         if not arguments.load or "judge" in (arguments.model or ""):
             raise UserError("drawing needs a trained generator; use --load, with --model diffusion or gan")
         if arguments.record or arguments.quick or arguments.sample:
-            raise UserError(
-                "--record, --quick and --sample are about metrics; leave them out, or the options of drawing"
-            )
+            raise UserError("--record, --quick and --sample are about metrics; leave them out, or what is to be drawn")
         if arguments.class_name and arguments.wings:
             raise UserError("--wings is about winged horses; leave out --class or --wings")
         if arguments.model == "gan" and arguments.method not in (None, *CONDITIONED):

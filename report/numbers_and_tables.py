@@ -80,6 +80,7 @@ ROWS = {
         "learned, collage",
         "{models/diffusion/test/fid_768 .2f}, {models/gan/test/fid_768 .2f}; "
         "{models/diffusion/test/learned_score .2f}, {models/diffusion/test/collage_score .2f} (n = {seeds d})",
+        "FID of training images {fid_scale/training images .2f}, of blurred ones {fid_scale/blurred test images .2f}; "
         "horses {models/diffusion/test/horse_score .2f}, averages of horse and bird "
         "{models/diffusion/test/pixel_average_score .2f}",
     ),
