@@ -44,7 +44,7 @@ def draw_pegasus(images, chosen, path):
     figure, axes = plt.subplot_mosaic(mosaic, figsize=(10, 5.1), width_ratios=[4, 4, 1])
     # Enlarged 12 times, pixel by pixel.
     axes["pixels"].imshow(images[chosen].repeat(12, axis=0).repeat(12, axis=1), interpolation="nearest")
-    axes["pixels"].set_title(f"Best without a dataset, by judge A: {METHODS[chosen].lower()}")
+    axes["pixels"].set_title(f"Chosen by judge A: {METHODS[chosen].lower()}")
     axes["smooth"].imshow(images[chosen], interpolation="lanczos")
     axes["smooth"].set_title("The same, upsampled (Lanczos)")
     for method, image in images.items():
