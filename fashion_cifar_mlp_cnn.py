@@ -344,7 +344,7 @@ def tuning_runs(plan, first_seed):
 
 
 def transfer_runs(plan, table, first_seed):
-    """Returns the short runs on the other datasets; which ones depends on the ranking in `table`."""
+    """Returns the runs on the other datasets: short ones, chosen by the ranking in `table`, and the references."""
     runs = []
     for seed in range(first_seed, first_seed + plan.NUM_SEEDS):
         for network in CONFIGS:
@@ -352,6 +352,8 @@ def transfer_runs(plan, table, first_seed):
             runs += [Run("cifar", network, "short", name, seed) for name in candidates]
             between = [name for name in plan.DATASETS if name not in LOADERS]  # where the best one alone is trained
             runs += [Run(name, network, "short", candidates[0], seed) for name in between]
+    for network, count in plan.REFERENCE_SEEDS.items():
+        runs += [Run("cifar", network, "full", "reference", seed) for seed in range(first_seed, first_seed + count)]
     return runs
 
 

@@ -296,7 +296,9 @@ def test_runs_on_cifar_depend_on_those_on_fashion():
     assert len(set(tuning)) == len(tuning)
     rows = table(*[(run.name, 0.5, {"network": run.network}) for run in tuning if run.budget == "short"])
     later = task.transfer_runs(plan, rows, 0)
-    on_cifar = [run for run in later if run.dataset == "cifar"]
+    references = [run for run in later if run.budget == "full"]
+    assert {run[:4] for run in references} == {("cifar", network, "full", "reference") for network in NETWORKS}
+    on_cifar = [run for run in later if run.dataset == "cifar" and run.budget == "short"]
     assert len(on_cifar) == plan.NUM_TRANSFERRED * plan.NUM_SEEDS * len(NETWORKS)
     between = [run for run in later if run.dataset not in task.LOADERS]
     assert len(between) == 3 * plan.NUM_SEEDS * len(NETWORKS)
