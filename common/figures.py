@@ -68,8 +68,7 @@ def show_image(axes, image, title=None, color=BLACK):
 
 def tiled(images, columns):
     """Returns colour images, uint8 (n, height, width, 3), as one, row by row, with white lines between them."""
-    white = np.full((-len(images) % columns, *images.shape[1:]), 255, "uint8")
-    framed = np.pad(np.concatenate([images, white]), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    framed = np.pad(images, ((0, -len(images) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255)
     height, width = framed.shape[1:3]
     rows = framed.reshape(-1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
     return rows.reshape(-1, columns * width, 3)
