@@ -564,10 +564,12 @@ for name, config in script.CONFIGS.items():
         (["--load", "--model", "gan", "--method", "collage"], "use --method blend or learned"),
         (["--load", "--samples", "4", "--model", "judge_a"], "needs a trained generator"),
         (["--load", "--samples", "4", "--sample"], "are about metrics"),
+        (["--load", "--samples", "4", "--record"], "are about metrics"),
         (["--load", "--class", "horse", "--wings", "bird"], "leave out --class or --wings"),
     ],
 )
 def test_drawing_that_makes_no_sense_is_one_line(flags, trouble, tmp_path):
+    (tmp_path / "saved_models").mkdir()  # without it, --record is refused before
     done = command("tensorflow", *flags, "--output-dir", tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
