@@ -37,7 +37,7 @@ from common.datasets import Cifar100Images, area_average, load_cifar100, vgg16_w
 from common.errors import UserError, reason
 from common.files import replacing
 from common.images import predict_each, printable, read_square
-from common.metrics import classification_metrics, confident_mistakes, reliability, standard_deviation
+from common.metrics import classification_metrics, confident_mistakes, most_probable, reliability, standard_deviation
 from common.optimizers import Muon
 
 SCRIPT = "cifar100_transfer"
@@ -724,8 +724,7 @@ def predict_files(arguments):
 
     def predict_file(path):
         probabilities = network.predict(read_square(path, "RGB", IMAGE_SIZE)[None], verbose=0)[0]
-        best = np.argsort(-probabilities)[:5]
-        print(f"{printable(path)}: {', '.join(f'{class_names[each]} {probabilities[each]:.0%}' for each in best)}")
+        print(f"{printable(path)}: {most_probable(probabilities, class_names)}")
 
     return predict_each(arguments.predict, predict_file)
 

@@ -8,6 +8,8 @@ the three best configurations of each kind are trained on CIFAR-10, to see wheth
     python fashion_cifar_mlp_cnn.py --train          trains ten networks, three seeds each
     python fashion_cifar_mlp_cnn.py --load           restores the saved networks and verifies their metrics
     python fashion_cifar_mlp_cnn.py --experiments    the tuning, on validation images; can be stopped and resumed
+    python fashion_cifar_mlp_cnn.py --predict FILE...  prints the most probable CIFAR-10 classes of each image, or with
+                                                     --model fashion_cnn_best of bright clothes on black
 
 A tenth of the training images, the same one in every run, is held out for validation, and every choice is made there.
 The test images are read for the saved networks alone.
@@ -21,6 +23,7 @@ from common import startup  # isort: skip  # noqa: F401  (before Keras is import
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import keras
@@ -32,7 +35,8 @@ from sklearn.model_selection import train_test_split
 
 from common import cli, models, results, training
 from common.datasets import LabelledImages, load_cifar10, load_fashion_mnist
-from common.metrics import confident_mistakes, standard_deviation
+from common.images import predict_each, printable, read_square
+from common.metrics import confident_mistakes, most_probable, standard_deviation
 
 SCRIPT = "fashion_cifar_mlp_cnn"
 LOADERS = {"fashion": load_fashion_mnist, "cifar": load_cifar10}
@@ -104,6 +108,7 @@ MODELS = {  # dataset, kind of network, configuration
     "cifar_cnn_2": ("cifar", "cnn", "together: cosine, norm, 3 x 3, divided by 255"),
     "cifar_cnn_3": ("cifar", "cnn", "together: cosine, norm, 3 x 3, divided by 255, half, flip"),
 }
+BEST = {"fashion": "fashion_cnn_best", "cifar": "cifar_cnn_1"}  # chosen on validation images
 OPTIMIZERS = {
     "sgd": keras.optimizers.SGD,
     "nesterov": lambda rate: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
@@ -573,7 +578,7 @@ def model_figures(plots, networks, cards, probabilities, loaded, folder):
     }
     written = [plots.draw_learning_curves(curves, folder / "learning_curves.png")]
     mistakes, confusions = {}, {}
-    for dataset_key, model in (("fashion", "fashion_cnn_best"), ("cifar", "cifar_cnn_1")):
+    for dataset_key, model in BEST.items():
         splits, dataset = loaded[dataset_key]
         split, name = splits["test"], DATASET_NAMES[dataset_key]
         predicted = probabilities[model].argmax(1)
@@ -635,11 +640,29 @@ def report(arguments):
     return results.conclude(SCRIPT, arguments, rows, written)
 
 
+def predict_files(arguments):
+    """Prints the five most probable classes of each image file; returns whether all could be read."""
+    name = arguments.model or BEST["cifar"]
+    dataset = LOADERS[MODELS[name][0]](arguments.data_dir, sample=True)
+    shape = dataset.test.images.shape[1:]
+    network, _ = models.load_model(models.models_folder(arguments.output_dir, SCRIPT) / f"{name}.keras", SCRIPT, shape)
+
+    def predict_file(path):
+        image = read_square(path, "RGB" if shape[2] == 3 else "L", shape[0]).reshape(shape)
+        print(f"{printable(path)}: {most_probable(predict(network, image[None])[0], dataset.class_names)}")
+
+    return predict_each(arguments.predict, predict_file)
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
-    arguments = cli.parse(cli.parser(__doc__, list(MODELS)), argv)
+    flags = cli.parser(__doc__, list(MODELS))
+    flags.modes.add_argument("--predict", type=Path, nargs="+", metavar="FILE", help="classify image files")
+    arguments = cli.parse(flags, argv)
+    if arguments.predict:
+        return 0 if predict_files(arguments) else 2
     if arguments.experiments:
         return run_experiments(arguments)
     if arguments.train:

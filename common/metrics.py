@@ -39,6 +39,11 @@ def reliability(probabilities, labels, bins=10):
     return confidence, accuracy
 
 
+def most_probable(probabilities, class_names, count=5):
+    """Returns text such as "cat 93%, dog 4%": the `count` most probable classes of `probabilities` (classes,)."""
+    return ", ".join(f"{class_names[each]} {probabilities[each]:.0%}" for each in np.argsort(-probabilities)[:count])
+
+
 def confident_mistakes(probabilities, labels, count):
     """Returns the indices of at most `count` misclassified examples, the most confident first."""
     wrong = np.flatnonzero(probabilities.argmax(1) != labels)

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from conftest import REPOSITORY, read_verification, run_elsewhere, run_script
 from keras import ops
+from PIL import Image
 
 import fashion_cifar_mlp_cnn as task
 from common import models, results, training
@@ -446,3 +447,23 @@ def test_a_diverged_run_is_a_result(monkeypatch, tmp_path):
     rows = experiment_rows(tmp_path)
     assert rows["validation_accuracy"].tolist() == [0.1, 0.1]
     assert task.ranking(rows, "fashion", "mlp", "short")["mean"].to_dict() == {"reference": 0.1}
+
+
+# ---------------------------------------------------------------------------------------------------- images of users
+
+
+def test_predict_names_the_classes_of_image_files(tmp_path):
+    for name, key in (("cifar_cnn_1", "cifar"), ("fashion_cnn_best", "fashion")):
+        dataset = task.LOADERS[key](None, sample=True)
+        Image.fromarray(dataset.test.images[0].squeeze()).save(tmp_path / f"{key}.png")
+        network, _ = models.load_model(SAVED / f"{name}.keras", task.SCRIPT, dataset.test.images.shape[1:])
+        probabilities = task.predict(network, dataset.test.images[:1])[0]
+        flags = [] if name == task.BEST["cifar"] else ["--model", name]
+        done = run_script(
+            task.SCRIPT, "tensorflow", *flags, "--predict", tmp_path / f"{key}.png", tmp_path / "none.png"
+        )
+        assert done.returncode == 2
+        assert "none.png" in done.stderr
+        best = probabilities.argmax()
+        assert done.stdout.startswith(f"{tmp_path / key}.png: {dataset.class_names[best]} {probabilities[best]:.0%}, ")
+        assert done.stdout.count("%") == 5
