@@ -414,15 +414,6 @@ def test_load_reproduces_the_metrics_of_train(trained_folder):
     assert path.read_bytes() == trained
 
 
-def test_train_and_load_work_without_plots_and_experiments(monkeypatch, tmp_path):
-    monkeypatch.setattr(results, "optional_module", lambda kind, script: None)
-    for mode in ("--train", "--load"):
-        done = command("tensorflow", mode, *QUICK, "--model", "fashion_mlp_reference", "--output-dir", tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert [row["agrees"] for row in verification(tmp_path)] == [True, True]
-    assert not (tmp_path / "report" / "figures").exists()
-
-
 def experiment_rows(folder):
     return results.read_table(results.table_path(folder, task.SCRIPT), numbers=("validation_accuracy", "seconds"))
 
