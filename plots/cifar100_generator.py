@@ -36,7 +36,7 @@ def draw(compared, splits, card, generate, noise, classifier, folder):
         draw_neighbours(batch, splits["train"].images, classifier, folder / "nearest.png"),
     ]
     if card["choices"]:
-        written.append(draw_choices(card["choices"], folder / "choices.png"))
+        written.append(draw_choices(card["choices"], card["sampling"], folder / "choices.png"))
     if card["scale"]:
         written.append(
             draw_scale(card["scale"] | {"samples": card["metrics"]["test"]["fid_768"]}, folder / "scale.png")
@@ -135,16 +135,18 @@ def draw_curves(card, path):
         left.axvline(step, color=figures.GREY, linestyle=":", label=label)
     left.legend(loc="upper right")
     left.set_title(f"Averaged weights (momentum {card['config']['averages'][0]:g}), fixed noise")
+    left.xaxis.set_major_formatter("{x:,.0f}")
     if over_time:
         right = panels[0, 1]
         right.plot([row["step"] for row in over_time], [row["fid_768"] for row in over_time], "o-", color=figures.BLUE)
         right.set(xlabel="optimisation step", ylabel=FID, ylim=(0, None))
         right.set_title("FID over training, 1,000 samples each")
+        right.xaxis.set_major_formatter("{x:,.0f}")
     return figures.save(figure, path)
 
 
-def draw_choices(choices, path):
-    """FID and class agreement against guidance, and FID against steps of the sampler."""
+def draw_choices(choices, chosen, path):
+    """FID and class agreement against guidance, and FID against steps of the sampler; `chosen` is marked."""
     rows_of = {}
     for row in choices:
         rows_of.setdefault(row["varied"], []).append(row)
@@ -152,8 +154,8 @@ def draw_choices(choices, path):
     panels_of = [
         panel for panel in [*panels_of, ("steps", "fid_768", FID)] if panel[1] in rows_of.get(panel[0], [{}])[0]
     ]
-    figure, panels = plt.subplots(1, len(panels_of), figsize=(4 * len(panels_of), 3.8))
-    for panel, (varied, metric, label) in zip(panels, panels_of, strict=True):
+    figure, panels = plt.subplots(1, len(panels_of), figsize=(4 * len(panels_of), 3.8), squeeze=False)
+    for panel, (varied, metric, label) in zip(panels[0], panels_of, strict=True):
         rows = rows_of[varied]
         points = [row[varied] for row in rows], [row[metric] for row in rows]
         panel.plot(*points, "o-", color=figures.BLUE, label=interval_of(rows[0]))
@@ -162,8 +164,9 @@ def draw_choices(choices, path):
             panel.plot(row[varied], row[metric], marker, color=color, label=interval_of(row))
         panel.set(xlabel=varied if varied == "guidance" else "steps of the sampler", ylabel=label, ylim=(0, None))
         panel.set_xticks(points[0], [f"{place:g}" for place in points[0]])
-    panels[0].legend(title="guidance at noise levels", loc="lower left")
-    figure.suptitle("1,000 samples against held-out images")
+        panel.axvline(chosen[varied], color=figures.GREY, linestyle=":", zorder=0, label="chosen")
+    panels[0, 0].legend(title="guidance at noise levels", loc="lower left")
+    figure.suptitle("1,000 samples against held-out images: the weakest guidance near the lowest FID was chosen")
     return figures.save(figure, path)
 
 
@@ -177,15 +180,14 @@ def draw_scale(values, path):
     values = dict(sorted(values.items(), key=lambda item: item[1]))
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(values) + 1.1))
     colors = [figures.ORANGE if name == "samples" else figures.BLUE for name in values]
-    axes.barh(range(len(values)), list(values.values()), color=colors)
+    axes.scatter(list(values.values()), range(len(values)), color=colors, s=60, zorder=2)
     for place, value in enumerate(values.values()):
-        axes.text(value, place, f" {value:.3f}", va="center")
+        axes.text(value, place, f"   {value:.3f}", va="center")
     axes.set_yticks(range(len(values)), list(values))
     axes.set(ylim=(len(values) - 0.4, -0.6), xscale="log", xlabel="FID (768-d) to the 10,000 test images (log scale)")
     axes.set_xlim(min(values.values()) / 1.5, max(values.values()) * 2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(True, axis="x")
-    axes.grid(False, axis="y")
     axes.set_title("Samples (orange) on the scale of images that are not generated")
     return figures.save(figure, path)
 
@@ -198,35 +200,42 @@ def draw_architecture(card, path):
 
     def box(x, y, text, color=figures.BLUE):
         frame = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": color, "linewidth": 1.5}
-        axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame)
+        return axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame)
 
-    def connect(start, end, text="", shift=(0, 0)):
-        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": figures.GREY}, zorder=0)
-        middle = [(a + b) / 2 + more for a, b, more in zip(start, end, shift, strict=True)]
+    def connect(start, end, text="", shift=(0, 0), **style):
+        ends = {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch(), "shrinkA": 0, "shrinkB": 1}
+        arrow = {"arrowstyle": "->", "color": figures.GREY} | ends | style
+        axes.annotate("", end.get_position(), start.get_position(), arrowprops=arrow, zorder=0)
+        places = zip(start.get_position(), end.get_position(), shift, strict=True)
+        middle = [(a + b) / 2 + more for a, b, more in places]
         axes.text(*middle, text, ha="center", va="center", fontsize=8, color=figures.GREY)
 
-    side, edge = 32 // config["patch"], last + 0.9
+    side, edge, down, up = 32 // config["patch"], last + 0.9, [], []
     for level, (width, number) in enumerate(zip(widths, blocks, strict=True)):
         size, x, y = side // 2**level, edge - level, -1.35 * level
         text = f"{size} × {size} × {width}\n{number} residual block{'s' if number > 1 else ''}"
         text += "\nself-attention" if size == config["attention"] else ""
-        box(-x, y, text)
-        box(x, y, text)
-        skip = "skip connections: 1 × 1 convolution, added" if not level else ""
-        connect((-x + 0.45, y), (x - 0.45, y), skip, (0, 0.14))
-        if level < last:
-            connect((-x, y - 0.35), (-x + 1, y - 1), "2 × 2 convolution,\nstride 2", (-0.75, 0))
-            connect((x - 1, y - 1), (x, y - 0.35), "1 × 1 convolution,\nnearest neighbour", (0.75, 0))
-    box(-edge, 1.4, "noisy image, 32 × 32 × 3", figures.GREEN)
-    box(edge, 1.4, "denoised image, 32 × 32 × 3", figures.RED)
-    box(0, 1.4, "noise level (sines) and class (embedding):\nscale and shift in every block", figures.ORANGE)
+        down.append(box(-x, y, text))
+        up.append(box(x, y, text))
+        connect(down[-1], up[-1], "" if level else "skip connections: 1 × 1 convolution, added", (0, -0.14))
+        if level:
+            connect(down[-2], down[-1], "2 × 2 convolution,\nstride 2", (-0.75, 0))
+            connect(up[-1], up[-2], "1 × 1 convolution,\nnearest-neighbour upsampling", (1, 0))
+    first = box(-edge, 1.4, "scaled noisy image, 32 × 32 × 3", figures.GREEN)
+    last_box = box(edge, 1.4, "F, 32 × 32 × 3: with the noisy image,\nit makes the denoised one", figures.RED)
+    condition = box(
+        0, 1.4, "noise level (sines) and class (embedding):\nscale and shift in every block", figures.ORANGE
+    )
+    for block in (down[0], up[0]):
+        connect(condition, block, color=figures.ORANGE, linestyle="--")
     squares = "2 × 2 pixels become channels,\n" if config["patch"] == 2 else ""
-    connect((-edge, 1.2), (-edge, 0.35), f"{squares}3 × 3 convolution", (-0.8, 0))
+    connect(first, down[0], f"{squares}3 × 3 convolution", (-0.8, 0))
     back = "3 × 3 convolution" + (",\nchannels become 2 × 2 pixels" if squares else "")
-    connect((edge, 0.35), (edge, 1.2), back, (0.8, 0))
+    connect(up[0], last_box, back, (0.8, 0))
     axes.set(xlim=(-edge - 1.5, edge + 1.5), ylim=(-1.35 * last - 0.6, 1.9))
     axes.set_axis_off()
     axes.set_title(f"A U-Net with {count:,} parameters")
+    figure.canvas.draw()  # boxes have a size from now on, at which arrows end
     return figures.save(figure, path)
 
 

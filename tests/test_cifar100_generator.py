@@ -612,7 +612,7 @@ def test_guidance_is_chosen_by_the_lowest_fid_of_recognised_samples(tmp_path, mo
     assert at_the_end["step"] == 3
     assert at_two["step"] == 2
     assert at_two["fid_768"] == pytest.approx(4 + guidance - 3 + 1 / 18)
-    assert plots.draw_choices(rows, tmp_path / "choices.png").exists()
+    assert plots.draw_choices(rows, dataclasses.asdict(sampling), tmp_path / "choices.png").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -797,7 +797,7 @@ def test_every_figure_is_drawn(tmp_path):
     choices = [{"varied": varied, **usual} for varied in ("guidance", "interval", "steps", "training")]
     choices += [{**usual, "varied": "guidance", "guidance": 1.0}, {**usual, "varied": "interval", "high": 3.0}]
     choices += [{**usual, "varied": "steps", "steps": 9}, {**usual, "varied": "training", "step": 2}]
-    card = {"config": dataclasses.asdict(task.CONFIG), "choices": choices}
+    card = {"config": dataclasses.asdict(task.CONFIG), "choices": choices, "sampling": {"guidance": 2.0, "steps": 18}}
     card |= {"parameters": {"trainable": 947_836}, "class_names": [f"class_{number}" for number in range(100)]}
     card |= {"curves": {"step": [1, 2, 3], "loss": [3, 2, 1], "train_loss": [3, 2, 1], "valid_loss": [3, 2.1, 1.2]}}
     card |= {"scale": {"training images": 0.02, "uniform noise": 3.6}, "metrics": {"test": {"fid_768": 0.2}}}
