@@ -20,6 +20,8 @@ lint: .venv/.test
 
 bench: .venv/.run  ## speed and memory of every script: report/results/bench.json
 	$(BIN)/python tests/bench.py
+	KERAS_BACKEND=jax XLA_FLAGS=--xla_force_host_platform_device_count=2 $(BIN)/python tests/bench.py \
+	  --model fashion_cifar_mlp_cnn --devices 2
 
 figures: .venv/.run  ## every figure again from the saved models and the full datasets
 	set -e; for script in $(SCRIPTS); do $(BIN)/python $$script.py --load; done

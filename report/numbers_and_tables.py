@@ -128,22 +128,29 @@ def results_table():
 
 def bench_table():
     """Returns the table of speed and memory, one row per script."""
-    measured = json.loads((RESULTS / "bench.json").read_text())
+    measured, conditions = json.loads((RESULTS / "bench.json").read_text())["scripts"], {}
     lines = ["| script | trained model | images/s | of a bare `fit` | `--load --sample` | peak memory | 64 samples |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for script, found in measured["scripts"].items():
-        cells = [f"`{script}.py`", "", "", ""]
-        if "ratio" in found:
-            cells = [cells[0], f"`{found['model']}`", f"{found['images_per_second']:,.0f}", f"{found['ratio']:.2f}"]
+    for script, found in measured.items():
+        name, *flags = script.split(" ", 1)
+        command = " ".join([f"{name}.py", *flags])
+        speed = f"{found['images_per_second']:,.0f}" if "images_per_second" in found else "–"
         if "devices" in found:
-            cells[2] += f" ({found['on_devices']:,.0f} on {found['devices']} devices)"
-        cells += [f"{found['load_seconds']:.0f} s", f"{found['load_megabytes'] / 1000:.1f} GB"]
-        lines.append(f"| {' | '.join(cells)} | {seconds(found.get('sampling_seconds'))} |")
-    return "\n".join([*lines, "", f"{measured['hardware']}, {measured['precision']}, {measured['backend']}."])
+            speed += f"; {found['on_devices']:,.0f} on {found['devices']} devices"
+        cells = [f"`{command}`", f"`{found['model']}`" if "model" in found else "–", speed]
+        cells += [cell(found, "ratio", "{:.2f}"), cell(found, "load_seconds", "{:.0f} s")]
+        cells += [cell(found, "load_gigabytes", "{:.1f} GB"), cell(found, "sampling_seconds", "{:.0f} s")]
+        lines.append(f"| {' | '.join(cells)} |")
+        about = ", ".join(found[name] for name in ("backend", "precision", "hardware"))
+        conditions.setdefault(about, []).append(f"`{command}`")
+    conditions = [
+        f"{about}{': ' + ', '.join(rows) if len(conditions) > 1 else ''}" for about, rows in conditions.items()
+    ]
+    return "\n".join([*lines, "", f"{'; '.join(conditions)}."])
 
 
-def seconds(value):
-    return "" if value is None else f"{value:.0f} s"
+def cell(found, key, form):
+    return form.format(found[key]) if key in found else "–"
 
 
 def fill_readme(text):

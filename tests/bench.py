@@ -3,10 +3,12 @@
 - Training: images per second as `--train` feeds its model (`common.training.fit`), beside a bare `model.fit` of the
   same model, augmentation included, on the same arrays with the defaults of Keras. They take turns, because other work
   on the machine slows either down from time to time; what counts is the ratio of their best epochs. The first epoch of
-  every `fit` does not count: it compiles, and sets up what a long training run sets up once. With `--devices N`, also
-  images per second on so many devices.
+  every `fit` does not count: it compiles, and sets up what a long training run sets up once. The scripts in pure JAX
+  have no `fit` to compare with; the steps between two checkpoints are timed, validation included.
 - `--load --sample`: seconds from start to exit, and the peak of memory.
 - Sampling: seconds of a process that generates 64 images.
+
+With `--devices N`, instead, images per second on one device and on so many, in a row of its own.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from common import startup  # isort: skip  # noqa: F401  (before Keras is import
 import importlib
 
 import keras
+import numpy as np
 
 from common import cli, training
 from common.files import read_json, write_json
@@ -107,33 +110,71 @@ def our_fit(model, inputs, targets, config):
 
 
 def measure_training(script, model, arguments):
-    """Returns images per second of the best of `ROUNDS` epochs, bare and as `--train` does it, and their ratio.
-
-    With `--devices`, also those of `--train` on so many devices.
-    """
+    """Returns images per second of the best of `ROUNDS` epochs, bare and as `--train` does it, and their ratio."""
     turns, speeds = [(fit, capture(script, model, arguments)) for fit in (bare_fit, our_fit)], {}
     for number in range(ROUNDS):
         for fit, parts in turns[:: -1 if number % 2 else 1]:
             speeds[fit] = max(speeds.get(fit, 0.0), fit(*parts))
     found = {"model": model, "images_per_second": speeds[our_fit], "bare_images_per_second": speeds[bare_fit]}
-    found["ratio"] = speeds[our_fit] / speeds[bare_fit]
-    if arguments.devices > 1:
-        with training.running(arguments.devices, None, None):
-            parts = capture(script, model, arguments, arguments.devices)
-            found["on_devices"] = max(our_fit(*parts) for _ in range(ROUNDS))
-            found["devices"] = arguments.devices
-    return found
+    return found | {"ratio": speeds[our_fit] / speeds[bare_fit]}
+
+
+def measure_devices(script, model, arguments):
+    """Returns images per second of the best of `ROUNDS` epochs on one device and on several."""
+    speeds = []
+    for devices in (1, arguments.devices):
+        with training.running(devices, None, None):
+            parts = capture(script, model, arguments, devices)
+            speeds.append(max(our_fit(*parts) for _ in range(ROUNDS)))
+    return {"model": model, "images_per_second": speeds[0], "on_devices": speeds[1], "devices": arguments.devices}
+
+
+def measure_jax_training(script):
+    """Returns images per second of a script in pure JAX, with the fewer steps between its 2nd, 3rd and 4th checkpoint.
+
+    It trains on the tracked sample, as the size of the dataset does not matter to a step.
+    """
+    module, stamps = importlib.import_module(script), []
+    original = module.write_file
+
+    def stamp(path, content):
+        if path.name == "checkpoint.npz":
+            about = json.loads(str(content["about"]))
+            stamps.append((time.perf_counter(), about["curves"]["step"][-1] * about["settings"]["batch_size"]))
+        if len(stamps) == 4:
+            raise Captured
+        return original(path, content)
+
+    module.write_file = stamp
+    try:
+        with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
+            module.main(["--train", "--sample", "--epochs", "1000", "--output-dir", folder])
+    except Captured:
+        seconds, images = np.diff(stamps, axis=0)[1:].T
+        return {"images_per_second": float(max(images / seconds))}
+    finally:
+        module.write_file = original
+    raise RuntimeError(f"{script}.py --train wrote only {len(stamps)} checkpoints")
 
 
 def measure_process(*command):
-    """Returns the seconds and the peak of memory, in MB, of a process; it must succeed."""
+    """Returns the seconds and the peak of memory, in GB, of a process; it must succeed."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, cwd=REPOSITORY)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"{' '.join(command)} failed")
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kilobytes elsewhere
     return time.perf_counter() - start, usage.ru_maxrss / unit
+
+
+def write_row(path, measured, name, found, about):
+    """Adds a row to those `measured` so far, and writes all of them in the order of `SCRIPTS`."""
+    found = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in found.items()}
+    measured[name] = found | about
+    print(name, json.dumps(measured[name]), flush=True)
+    order = {script: number for number, script in enumerate(SCRIPTS)}
+    write_json(path, {"scripts": dict(sorted(measured.items(), key=lambda row: order[row[0].split()[0]]))})
 
 
 def main(argv=None):
@@ -141,19 +182,27 @@ def main(argv=None):
     path = REPOSITORY / "report" / "results" / "bench.json"
     measured = read_json(path, "delete it")["scripts"] if arguments.model and path.exists() else {}
     for script in [arguments.model] if arguments.model else SCRIPTS:
-        found = measure_training(script, SCRIPTS[script], arguments) if SCRIPTS[script] else {}
+        if arguments.devices > 1:
+            write_row(
+                path,
+                measured,
+                f"{script} --devices {arguments.devices}",
+                measure_devices(script, SCRIPTS[script], arguments),
+                conditions(),
+            )
+            continue
+        if SCRIPTS[script]:
+            found, about = measure_training(script, SCRIPTS[script], arguments), conditions()
+        else:
+            found, about = measure_jax_training(script), conditions() | {"backend": "jax", "precision": "float32"}
         keras.utils.clear_session()
         with tempfile.TemporaryDirectory() as folder:
             folders = ["--output-dir", link_models(folder), "--data-dir", str(arguments.data_dir)]
             command = [f"{script}.py", "--load", *folders]
-            found["load_seconds"], found["load_megabytes"] = measure_process(*command, "--sample")
+            found["load_seconds"], found["load_gigabytes"] = measure_process(*command, "--sample")
             if script in SAMPLING:
                 found["sampling_seconds"], _ = measure_process(*command, "--samples", str(SAMPLING[script]))
-        measured[script] = {
-            name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in found.items()
-        }
-        print(script, json.dumps(measured[script]), flush=True)
-        write_json(path, {**conditions(), "scripts": {name: measured[name] for name in SCRIPTS if name in measured}})
+        write_row(path, measured, script, found, about)
 
 
 if __name__ == "__main__":

@@ -28,20 +28,21 @@ def test_the_readme_table_has_one_row_per_script_and_no_number_of_its_own():
 def test_numbers_are_filled_in_and_wrong_ones_found(monkeypatch, tmp_path):
     monkeypatch.setattr(numbers, "lookup", lambda file, path: {("net", "test/accuracy"): 0.98765}[file, path])
     monkeypatch.setattr(numbers, "ROWS", {"net": ("task", "accuracy", "{test/accuracy *100 .2f} %", "none")})
-    bench = {"hardware": "a CPU", "precision": "float32", "backend": "jax", "scripts": {}}
-    bench["scripts"]["net"] = {"model": "wide", "images_per_second": 1234.5, "ratio": 1.006}
-    bench["scripts"]["net"] |= {"load_seconds": 7.6, "load_megabytes": 1940, "sampling_seconds": 12.4}
-    bench["scripts"]["other"] = {"load_seconds": 5, "load_megabytes": 480}
-    bench["scripts"]["two"] = bench["scripts"]["net"] | {"devices": 2, "on_devices": 2345.6}
-    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    about = {"hardware": "a CPU", "precision": "float32", "backend": "jax"}
+    net = {"model": "wide", "images_per_second": 1234.5, "ratio": 1.006, "load_seconds": 7.6, "load_gigabytes": 1.94}
+    other = {"images_per_second": 30.0, "load_seconds": 5, "load_gigabytes": 0.48, "sampling_seconds": 12.4}
+    two = {"model": "wide", "images_per_second": 1234.5, "devices": 2, "on_devices": 2345.6}
+    bench = {"net": net | about, "net --devices 2": two | about, "other": other | about | {"precision": "bfloat16"}}
+    (tmp_path / "bench.json").write_text(json.dumps({"scripts": bench}))
     monkeypatch.setattr(numbers, "RESULTS", tmp_path)
     tables = [f"{start}\n| 1.00 % |\n{end}" for start, end in (numbers.RESULTS_MARKERS, numbers.BENCH_MARKERS)]
     text = f"before\n{tables[0]}\nbetween\n{tables[1]}\nafter"
     filled = numbers.fill_readme(text)
     assert "| task | accuracy | 98.77 % | none | `python net.py --load` |" in filled
-    assert "| `net.py` | `wide` | 1,234 | 1.01 | 8 s | 1.9 GB | 12 s |" in filled
-    assert "| `other.py` |  |  |  | 5 s | 0.5 GB |  |\n" in filled
-    assert "| `two.py` | `wide` | 1,234 (2,346 on 2 devices) | 1.01 | 8 s | 1.9 GB | 12 s |\n\na CPU, float32" in filled
+    assert "| `net.py` | `wide` | 1,234 | 1.01 | 8 s | 1.9 GB | – |" in filled
+    assert "| `net.py --devices 2` | `wide` | 1,234; 2,346 on 2 devices | – | – | – | – |\n" in filled
+    assert "| `other.py` | – | 30 | – | 5 s | 0.5 GB | 12 s |\n\njax, float32, a CPU: `net.py`, `net.py --dev" in filled
+    assert "; jax, bfloat16, a CPU: `other.py`.\n" in filled
     assert (filled.startswith("before\n"), filled.endswith("\nafter"), "1.00" in filled) == (True, True, False)
     assert numbers.fill_readme(filled) == filled
 
