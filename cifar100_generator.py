@@ -21,7 +21,7 @@ import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C ends in one line, also during the imports below and inside compiled code
-    INTERRUPTED = b"\nerror: interrupted; what was saved stays, continue with --resume\n"
+    INTERRUPTED = b"\nerror: interrupted; what was saved stays; --train continues with --resume\n"
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, INTERRUPTED), os._exit(130)))
 
 import argparse
@@ -54,7 +54,7 @@ class Config:  # of a training run
     patch: int = 2  # side of the squares of pixels that become channels before the first convolution
     widths: tuple = (56, 80, 104)  # channels of the maps, whose sides halve from level to level
     blocks: tuple = (1, 1, 1)  # residual blocks of each level on the way down, and as many on the way up
-    attention: int = 8  # side of the maps that self-attention follows every block on; 0 for none
+    attention: int = 8  # side of the maps with self-attention after every block; 0 for none
     embedding: int = 64  # units that represent noise level and class
     target: str = "edm"  # what is predicted: "edm" (Karras et al. 2022, table 1) or "velocity" (Liu et al. 2023)
     noise_mean: float = -1.2  # of the logarithm of the noise levels, normally distributed, before the first restart
@@ -65,7 +65,7 @@ class Config:  # of a training run
     restart_noise: tuple = (-0.2, 1.5)  # mean and deviation from then on: higher levels decide shapes and classes
     batch_size: int = 64
     learning_rate: float = 1e-3  # the highest, after warm-up and before cosine decay
-    averages: tuple = (0.999, 0.9995, 0.9999)  # momenta of moving averages; that of the lowest held-out loss is saved
+    averages: tuple = (0.999, 0.9995, 0.9999)  # momenta, lower at first; that of the lowest held-out loss is saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +76,14 @@ class Sampling:  # how images are generated
     high: float = 20.0
 
 
-CONFIG, TASK = Config(), sys.modules[__name__]  # of the saved network; what experiments/ and plots/ are handed
+CONFIG, TASK = Config(), sys.modules[__name__]  # of the saved network; this module, for experiments/
 PARAMETER_LIMIT, STEP_LIMIT = 1_000_000, 50_000  # fewer than that many parameters, at most that many steps
 SCRIPT, MODEL, REPOSITORY = "cifar100_generator", "diffusion", Path(__file__).resolve().parent
 SAMPLE = REPOSITORY / "data" / "samples" / "cifar100.npz"
 CLASSIFIER = REPOSITORY / "saved_models" / "cifar100_transfer" / "own_3.keras"
 NUM_CLASSES, SIDE, CHANNELS, SHAPE = 100, 32, 3, (32, 32, 3)
 DATA_SEED = 2024  # of the held-out images and of the noise that the loss is measured with
-CPU = jax.default_backend() == "cpu"  # where XLA takes three times as long for the gradients of convolutions
+CPU = jax.default_backend() == "cpu"  # where gradients of XLA's convolutions take three times as long
 PART = 16  # images whose gradients are computed together on a CPU, since those of more do not fit into its cache
 STEPS_PER_CHECKPOINT = 250  # optimisation steps, also between the points of the learning curves
 SNAPSHOT_STEPS = 4_000  # between weights that are kept to measure FID over training
@@ -173,8 +173,8 @@ def convolve(maps, kernel, stride):
     (size, *_, filters), side, margin = kernel.shape, maps.shape[1], len(kernel) // 3
     maps = jnp.pad(maps, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
     shifted = [maps[:, i : i + side : stride, j : j + side : stride] for i in range(size) for j in range(size)]
-    places = jnp.concatenate(shifted, axis=-1)  # what each place of the outcome sees
-    return jnp.matmul(places, kernel.reshape(-1, filters), precision="highest")
+    patches = jnp.concatenate(shifted, axis=-1)  # the pixels under the kernel at each position
+    return jnp.matmul(patches, kernel.reshape(-1, filters), precision="highest")
 
 
 def unet(weight, inputs, log_sigma, conditions, config):
@@ -192,7 +192,7 @@ def unet(weight, inputs, log_sigma, conditions, config):
         count, *_, channels = maps.shape
         moments = maps.mean((1, 2)), jnp.square(maps).mean((1, 2))
         mean, square = (m.reshape(count, channels // 8, 8).mean(-1).repeat(8, axis=-1) for m in moments)
-        scale = (1 + scale) * jax.lax.rsqrt(square - jnp.square(mean) + 1e-5)
+        scale = (1 + scale) * jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + 1e-5)
         return maps * scale[:, None, None] + (shift - mean * scale)[:, None, None]
 
     def activated(maps, name):  # before a convolution
@@ -207,12 +207,12 @@ def unet(weight, inputs, log_sigma, conditions, config):
         maps = maps + convolution(hidden, f"{name}_second", width, gain=0.0)
         return maps + attention(maps, f"{name}_attention") if maps.shape[1] == config.attention else maps
 
-    def attention(maps, name, heads=4):  # over all places (Vaswani et al. 2017)
-        places = normalized(maps, *jnp.zeros(2)).reshape(len(maps), -1, maps.shape[-1])
-        parts = jnp.split(dense(places, f"{name}_inputs", 3 * maps.shape[-1]), 3, axis=-1)
+    def attention(maps, name, heads=4):  # over all positions (Vaswani et al. 2017)
+        flat = normalized(maps, *jnp.zeros(2)).reshape(len(maps), -1, maps.shape[-1])
+        parts = jnp.split(dense(flat, f"{name}_inputs", 3 * maps.shape[-1]), 3, axis=-1)
         query, key, value = (part.reshape(*part.shape[:2], heads, -1) for part in parts)
         with jax.default_matmul_precision("highest"):
-            outputs = jax.nn.dot_product_attention(query, key, value).reshape(places.shape)
+            outputs = jax.nn.dot_product_attention(query, key, value).reshape(flat.shape)
         return dense(outputs, f"{name}_outputs", maps.shape[-1], 0.0).reshape(maps.shape)
 
     angles = log_sigma[:, None] * 2.0 ** jnp.linspace(-2, 3, 16)
@@ -232,7 +232,7 @@ def unet(weight, inputs, log_sigma, conditions, config):
             maps = block(maps, f"down_{level}_{number}")
         skips.append(maps)
     for level, width in reversed(list(enumerate(config.widths))):
-        if level < last:  # fewer channels before more places: the same and cheaper; a gain of 0.7, as two are added
+        if level < last:  # projected before upsampling: the same, cheaper; gain 1/√2, as two maps are added
             maps = dense(maps, f"up_{level}", width, 0.7).repeat(2, axis=1).repeat(2, axis=2)
             maps = maps + dense(skips[level], f"skip_{level}", width, 0.7)
         for number in range(config.blocks[level]):
@@ -263,7 +263,7 @@ def penalty(num_parameters, steps):
 
 
 def budget(config):
-    """Returns number of parameters, penalty, and a line (str) about what a network takes of what the brief allows."""
+    """Returns number of parameters, penalty, and a line (str) about both numbers and their limits."""
     count = sum(array.size for array in init_model(0, config).values())
     text = f"{count:,} of fewer than {PARAMETER_LIMIT:,} parameters, {config.steps:,} of at most {STEP_LIMIT:,} steps"
     return count, penalty(count, config.steps), f"{text}, penalty {penalty(count, config.steps)}"
@@ -560,7 +560,7 @@ def measure(network, parts, training, fid, seed):
     return metrics
 
 
-def beside(network, splits, fid, data_dir, seed):
+def references(network, splits, fid, data_dir, seed):
     """Returns what stands beside the metrics: those with other latents, and the FID of images not generated."""
     scale = importlib.import_module("common.fid").scale(data_dir, splits["train"].images, splits["test"].images)
     return {"second_seed": fid(network, MEASURED_ITEMS, seed + 1, "test"), "scale": scale}
@@ -635,7 +635,7 @@ def train(arguments):
     parameters, average = averages[np.argmin(losses)], config.averages[np.argmin(losses)]
     module = optional(f"experiments.{SCRIPT}", "experiments are") if fid else None
     sampling, choices = module.choose(TASK, parameters, config, fid, folder) if module else (Sampling(), [])
-    network = parameters, config, sampling  # after the last choice, the test images are read
+    network = parameters, config, sampling  # measured on the test images after the last choice only
     metrics = measure(network, parts, training, fid, seed)
     card = {"script": f"{SCRIPT}.py", "model": MODEL, "command": arguments.command, **environment()}
     card |= {"seed": seed, "config": dataclasses.asdict(config), "dataset": dataset, "class_names": class_names}
@@ -643,7 +643,7 @@ def train(arguments):
     card |= {"steps": config.steps, "batch_size": config.batch_size, "penalty": marks, "seconds": seconds}
     card |= {"parameters": {"trainable": count, "total": count}, "metrics": metrics, "curves": curves}
     card |= {"sampling": dataclasses.asdict(sampling), "choices": choices, "measured_on": jax.default_backend()}
-    card |= beside(network, splits, fid, arguments.data_dir, seed) if fid else {"second_seed": {}, "scale": {}}
+    card |= references(network, splits, fid, arguments.data_dir, seed) if fid else {"second_seed": {}, "scale": {}}
     card |= {"shortened": "a few images only" if arguments.quick or arguments.sample else None, "average": average}
     path = write_file(arguments.output_dir / "saved_models" / SCRIPT / f"{MODEL}.npz", parameters)
     write_file(path.with_suffix(".json"), card | {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
@@ -697,7 +697,7 @@ def report(arguments, measured=None):
         rows.append(row | {"recorded": recorded, "agrees": agrees, "tolerance": tolerance})
     if arguments.record:
         card |= {"metrics": known | metrics, "measured_on": jax.default_backend()}
-        card |= beside(network, splits, fid, arguments.data_dir, card["seed"]) if fid else {}
+        card |= references(network, splits, fid, arguments.data_dir, card["seed"]) if fid else {}
         written.append(write_file(folder / f"{MODEL}.json", card))
     if not (arguments.record and arguments.sample):  # which writes nothing but the card
         written += [write_results(folder.parent.parent)] if arguments.record else []
@@ -708,7 +708,7 @@ def report(arguments, measured=None):
             drawn = compared_experiments(folder.parent.parent), splits, card, draw
             drawn += draw_noise(2 * NUM_CLASSES, card["seed"]), None if few else load(CLASSIFIER)
             written += plots.draw(*drawn, arguments.output_dir / "report" / "figures" / SCRIPT)
-    print(f"\n{'metric':27}  measured  recorded (numbers agree where they differ by {tolerance:.2%} at most)")
+    print(f"\n{'metric':27}  measured  recorded (tolerance {tolerance:.2%}, of {SMALLEST} at least)")
     for r in rows:
         known = f"  {r['recorded']:8.4f}  {'agrees' if r['agrees'] else 'DIFFERS'}" if r["agrees"] is not None else ""
         print(f"{r['part'] + ' ' + r['metric'].replace('_', ' '):27}  {r['measured']:8.4f}{known}")
