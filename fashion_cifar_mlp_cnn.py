@@ -583,10 +583,10 @@ def model_figures(plots, networks, cards, probabilities, loaded, folder):
         split, name = splits["test"], DATASET_NAMES[dataset_key]
         predicted = probabilities[model].argmax(1)
         counts = confusion_matrix(split.labels, predicted, labels=range(NUM_CLASSES))
-        confusions[f"Best CNN on {len(split.labels):,} test images of {name}"] = counts, dataset.class_names
+        confusions[f"{name}, best CNN, %"] = counts, dataset.class_names
         *shown, lowest = images_of_mistakes(split, probabilities[model], dataset.class_names, 14)
         confidence = f"with {math.floor(1000 * lowest) / 10:g} % or more"
-        mistakes[f"{name}, best CNN: true class, and below it the class predicted {confidence}"] = shown
+        mistakes[f"{name}, best CNN: true class; class predicted {confidence}"] = shown
     kernels = {
         "Fashion-MNIST, the book's MLP: weights of 16 hidden units": "fashion_mlp_reference",
         "Fashion-MNIST, the book's CNN: 16 filters of the first layer": "fashion_cnn_reference",

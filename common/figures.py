@@ -90,7 +90,7 @@ def image_grid(images, columns, titles=None, colors=None, title=None, width=10.0
 
 
 def confusion_matrix(axes, counts, class_names, title, names=("true class", "predicted class")):
-    """Draws a confusion matrix: row percentages and counts, the latter alone with more than twelve classes.
+    """Draws a confusion matrix: row percentages, of few classes with counts, which stand alone for more than twelve.
 
     `counts` is int (num_classes, num_classes); `names` says what its rows and columns are.
     """
@@ -99,12 +99,12 @@ def confusion_matrix(axes, counts, class_names, title, names=("true class", "pre
     # The square root of the scale keeps mistakes of a few per mille visible beside a diagonal near 100 %.
     norm = matplotlib.colors.PowerNorm(0.5, 0, 1)
     display.plot(ax=axes, cmap="Blues", colorbar=False, include_values=False, im_kw={"norm": norm})
-    few = len(counts) <= 12
+    few, many = len(counts) <= 5, len(counts) > 12
     for (row, column), share in np.ndenumerate(shares):
-        if few or counts[row, column]:
-            text = f"{share:.1%}\n{counts[row, column]:,}" if few else counts[row, column]
+        text = f"{share:.1%}\n{counts[row, column]:,}" if few else counts[row, column] if many else f"{100 * share:.0f}"
+        if few or text not in (0, "0"):
             color = "white" if share > 0.4 else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8 if few else 6, color=color)
+            axes.text(column, row, text, ha="center", va="center", fontsize=6 if many else 8, color=color)
     short = max(len(str(name)) for name in class_names) <= 3
     axes.set_xticks(range(len(counts)), class_names, rotation=0 if short else 30, ha="center" if short else "right")
     axes.set(ylabel=names[0], xlabel=names[1], title=title)

@@ -124,7 +124,7 @@ def draw_experiments(compared, folder):
 
 def draw_confusion(counts, path):
     """Confusion matrix of the 20 superclasses."""
-    figure, axes = plt.subplots(figsize=(9, 8.5))
+    figure, axes = plt.subplots(figsize=(7.2, 6.8))
     title = f"Superclasses of {counts.sum():,} test images (counts), our best network"
     figures.confusion_matrix(
         axes, counts, SUPERCLASSES, title, ("true superclass", "superclass of the predicted class")

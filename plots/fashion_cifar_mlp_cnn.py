@@ -54,7 +54,7 @@ def draw_factors(accuracies, best, noise, title, path):
 
 def draw_learning_curves(curves, path):
     """Training and validation accuracy per epoch: dict from panel to dict from network to a pair of lists."""
-    figure, axes = plt.subplots(1, len(curves), figsize=(10, 4), sharey=True)
+    figure, axes = plt.subplots(1, len(curves), figsize=(8.5, 3.5), sharey=True)
     for panel, (title, networks) in zip(axes, curves.items(), strict=True):
         for color, (name, pair) in zip((figures.GREY, figures.BLUE), networks.items(), strict=False):
             figures.learning_curves(panel, pair, color=color, name=name)
@@ -135,7 +135,7 @@ def draw_between(accuracies, examples, path):
 
 def draw_confusion(confusions, path):
     """Confusion matrices side by side: dict from title to counts, int (10, 10), row the true class, and class names."""
-    figure, panels = plt.subplots(1, len(confusions), figsize=(7 * len(confusions), 6.4))
+    figure, panels = plt.subplots(1, len(confusions), figsize=(4.5 * len(confusions), 4.3))
     for axes, (title, (counts, class_names)) in zip(np.atleast_1d(panels), confusions.items(), strict=True):
         figures.confusion_matrix(axes, counts, class_names, title)
     return figures.save(figure, path)
@@ -144,7 +144,7 @@ def draw_confusion(confusions, path):
 def draw_mistakes(mistakes, path):
     """Misclassified images of several datasets: dict from title to a pair of images and their titles."""
     columns = 7
-    figure = plt.figure(figsize=(10, 3.9 * len(mistakes)))
+    figure = plt.figure(figsize=(6.8, 2.75 * len(mistakes)))
     parts = np.atleast_1d(figure.subfigures(len(mistakes), 1))
     for part, (title, (images, titles)) in zip(parts, mistakes.items(), strict=True):
         axes = part.subplots(2, columns)

@@ -16,7 +16,7 @@ def _clock_text(minutes):
 def _draw_clocks(images, true, predicted, errors, title, path):
     titles = [f"{_clock_text(a)} → {_clock_text(b)}" for a, b in zip(true, predicted, strict=True)]
     colors = [figures.RED if error > 5 else figures.BLACK for error in errors]
-    return figures.save(figures.image_grid(images, 8, titles, colors, title), path)
+    return figures.save(figures.image_grid(images, 8, titles, colors, title, width=8.0), path)
 
 
 def draw_predictions(images, true, predicted, errors, chosen, path):
@@ -34,20 +34,21 @@ def draw_worst(images, true, predicted, errors, chosen, path):
 def draw_rendered(images, minutes, path):
     """Rendered clocks with their times."""
     title = "Rendered clocks, not selected, with their times"
-    return figures.save(figures.image_grid(images, 8, [_clock_text(each) for each in minutes], title=title), path)
+    titles = [_clock_text(each) for each in minutes]
+    return figures.save(figures.image_grid(images, 8, titles, title=title, width=7.0), path)
 
 
 def draw_hours(counts, path):
     """Confusion matrix of the hours; `counts` is int (12, 12)."""
     figure, axes = plt.subplots(figsize=(7.6, 7.2))
-    title = f"{100 * counts.trace() / counts.sum():.1f} % of the hours are correct at 150 x 150 pixels"
+    title = f"{100 * counts.trace() / counts.sum():.1f} % of the hours are correct at 150 x 150 pixels; in cells: % of each true hour"
     figures.confusion_matrix(axes, counts, list(range(12)), title, names=("true hour", "predicted hour"))
     return figures.save(figure, path)
 
 
 def draw_representations(errors, cards, labels, path):
     """Distribution of the errors of each representation, in minutes, with the cost of its training from the cards."""
-    figure, axes = plt.subplots(figsize=(10, 0.46 * len(labels) + 1.2))
+    figure, axes = plt.subplots(figsize=(8.6, 0.39 * len(labels) + 1.1))
     columns = {"median": 42, "mean": 84, "training": 136, "parameters": 200}  # right edges, in points from the axes
 
     def write_row(place, texts, color):
@@ -78,10 +79,10 @@ def draw_error_by_time(errors, minutes, labels, path):
     """Error in minutes of every test clock over its true time, one panel per representation."""
     columns = min(len(labels), 4)
     rows = -(-len(labels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(11, 2.1 * rows + 0.6), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(9.5, 1.8 * rows + 0.6), sharex=True, sharey=True, squeeze=False)
     for panel, values, label in zip(axes.flat, errors, labels, strict=False):
         panel.plot(minutes / 60, values, ".", color=figures.BLUE, markersize=4, alpha=0.45, markeredgewidth=0)
-        panel.set_title(label, fontsize=9)
+        panel.set_title(label, fontsize=8.5 if len(label) < 32 else 7.5)
         panel.set_yscale("symlog", linthresh=1)
         panel.set(xlim=(0, 12), ylim=(-0.1, 400))
         panel.set_xticks(range(0, 13, 3))
@@ -97,7 +98,7 @@ def draw_error_by_time(errors, minutes, labels, path):
 
 def draw_learning_curves(curves, labels, path):
     """Losses, and errors in minutes on the validation images, of one network per representation, the best one first."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.5))
     styles = [style + color for style in ("-", ":") for color in figures.COLORS]
     right.set(yscale="log", ylim=(1, 400))
     ends = []
@@ -117,14 +118,14 @@ def draw_learning_curves(curves, labels, path):
         at = {"xytext": (1.14, height), "textcoords": "axes fraction", "annotation_clip": False}
         right.annotate("", (len(best), value), arrowprops=line, **at)
         right.text(1.225, height, label, color=color, va="center", fontsize=9, **place)
-    left.set(yscale="log", xlabel="epoch", ylabel="loss on validation images, each in its own units")
+    left.set(yscale="log", xlabel="epoch", ylabel="loss on validation images")
     left.set_ylim(top=4 * left.get_ylim()[1])  # room for the legend
-    right.set(xlabel="epoch", ylabel="mean common-sense error in minutes, validation images")
+    right.set(xlabel="epoch", ylabel="mean error in minutes, validation images")
     right.yaxis.set_major_formatter("{x:g}")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
     left.legend(loc="upper right")
-    left.set_title("Loss, each in its own units (not comparable)")
+    left.set_title("Loss (not comparable)")
     right.set_title("Common-sense error (comparable)")
     return figures.save(figure, path)
 
