@@ -18,7 +18,7 @@ from common.errors import UserError
 sys.path.insert(0, str(REPOSITORY / "report"))
 submission = importlib.import_module("make_submission")
 
-FINISHED = ("cosc420_assignment1", "idl_assignment1")
+PACKED = ("ann_homework2", "cosc420_assignment1", "idl_assignment1", "pegasus")  # the other one needs LaTeX
 NAME = "abcd12"
 SCRIPT = '''"""The title of {script}.
 
@@ -235,14 +235,14 @@ def test_an_error_is_one_line_of_a_process_that_ends_with_2():
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory):
-    """Packs the finished briefs, with notebooks that are not executed; returns a dict from brief to a folder."""
+    """Packs briefs, with notebooks that are not executed; returns a dict from brief to a folder."""
     dist, folders = tmp_path_factory.mktemp("dist"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(submission, "execute", lambda path: None)
-        for brief in FINISHED:
+        for brief in PACKED:
             with zipfile.ZipFile(submission.build(brief, NAME, dist)) as archive:
                 archive.extractall(folder := tmp_path_factory.mktemp("nb"))
-            folders[brief] = folder / NAME
+            folders[brief] = folder / FOLDERS.get(brief, "")
     return folders
 
 
@@ -271,26 +271,44 @@ def test_the_code_for_toy_images_works_without_the_repository_and_without_traini
 def test_packed_files_are_those_of_the_repository(unpacked):
     for brief, folder in unpacked.items():
         files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-        generated = {path for path in files if path.suffix == ".ipynb" or path.name in ("README.md", "report.pdf")}
+        renamed = ("README.md", "report.pdf", "pegasus.py")
+        generated = {path for path in files if path.suffix == ".ipynb" or path.name in renamed}
         for path in set(files) - generated:
             assert (folder / path).read_bytes() == (REPOSITORY / path).read_bytes(), path
         assert (folder / "report.pdf").read_bytes() == (REPOSITORY / "report" / f"{brief}.pdf").read_bytes()
 
 
-@pytest.mark.parametrize("script", ["fashion_cifar_mlp_cnn", "tell_the_time"])
-def test_notebooks_are_the_scripts(script, unpacked):
-    notebook = nbformat.read(unpacked["idl_assignment1"] / f"{script}.ipynb", as_version=4)
+@pytest.mark.parametrize(
+    ("brief", "script"),
+    [(brief, script) for brief in ("ann_homework2", "idl_assignment1") for script in submission.BUNDLES[brief].scripts],
+)
+def test_notebooks_are_the_scripts(brief, script, unpacked):
+    notebook = nbformat.read(unpacked[brief] / f"{script}.ipynb", as_version=4)
     nbformat.validate(notebook)
     text = (REPOSITORY / f"{script}.py").read_text()
     headings = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     assert headings[0].startswith(f"# {text[3 : text.index(chr(10))].rstrip('.')}\n")
     sections = submission.SECTION.split(text)[1::2]
-    assert [heading.lower() for heading in headings[1 : len(sections) + 1]] == [f"## {each}" for each in sections]
+    shown = [heading.lower() for heading in headings[1 : len(sections) + 1]]
+    assert shown == [f"## {each}".lower() for each in sections]
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"][: len(sections) + 1]
     code = submission.SECTION.sub("", text.split('"""\n', 1)[1]).removesuffix(
         'if __name__ == "__main__":\n    cli.run(main)\n'
     )
     assert "".join("".join(cells).split()) == "".join(code.split())
+
+
+def test_the_pegasus_script_draws_among_the_files_of_its_archive(unpacked):
+    command = [sys.executable, "pegasus.py", "--load", "--method", "blend", "--wings", "bird", "--samples", "4"]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(
+        command, cwd=unpacked["pegasus"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (unpacked["pegasus"] / "runs").rglob("*.npz")
+    with np.load(path) as file:
+        assert file["images"].shape == (4, 32, 32, 3)
+        assert file["images"].std() > 20
 
 
 def test_a_notebook_runs_among_the_files_of_its_archive(unpacked):
