@@ -27,13 +27,15 @@ def draw(compared, splits, card, generate, noise, classifier, folder):
     inputs = [noise[:SHOWN], of_classes, between], [one_hot[labels[:SHOWN]], one_hot[:NUM_CLASSES], conditions]
     images = generate(*(np.concatenate(parts) for parts in inputs))  # at once, as batches have a fixed size
     batch, classes, between = np.split(images, [SHOWN, SHOWN + NUM_CLASSES])
+    rows = neighbours(batch, splits["train"].images, classifier)
     written = [
         draw_architecture(card, folder / "architecture.png"),
         draw_curves(card, folder / "curves.png"),
         draw_samples(batch, splits["valid"].images, folder / "samples.png"),
         draw_classes(classes, card["class_names"], folder / "classes.png"),
         draw_interpolations(between, folder / "interpolations.png"),
-        draw_neighbours(batch, splits["train"].images, classifier, folder / "nearest.png"),
+        draw_neighbours({name: images[:NEIGHBOURS] for name, images in rows.items()}, folder / "nearest.png"),
+        draw_neighbours(rows, folder / "nearest_all.png"),
     ]
     if card["choices"]:
         written.append(draw_choices(card["choices"], card["sampling"], folder / "choices.png"))
@@ -102,19 +104,27 @@ def nearest(vectors, others):
     return np.concatenate(squares, axis=1).argmin(axis=1)
 
 
-def draw_neighbours(images, training, classifier, path):
-    """Samples above the training images they are most like, in pixels and in features of the classifier."""
-    images, names = images[:NEIGHBOURS], ["sample", "nearest training image, pixels"]
-    rows = [images, training[nearest(images.reshape(len(images), -1), training.reshape(len(training), -1))]]
+def neighbours(images, training, classifier):
+    """Returns images and the training images they are most like: dict from what is shown to images (n, 32, 32, 3)."""
+    flat = (each.reshape(len(each), -1) for each in (images, training))
+    rows = {"sample": images, "nearest training image, pixels": training[nearest(*flat)]}
     if classifier:
-        names.append("nearest training image, features")
-        rows.append(training[nearest(classifier(images)[0], classifier(training)[0])])
-    figure, axes = plt.subplots(figsize=(10, 0.55 * len(rows) + 0.6))
-    title = f"The first {NEIGHBOURS} samples and the training images that are most like them"
-    show(axes, np.concatenate(rows), NEIGHBOURS, title)
-    height = images.shape[1] + 2
-    for number, name in enumerate(names):
-        axes.text(-6, (number + 0.5) * height, name, ha="right", va="center", fontsize=9)
+        features = (classifier(each)[0] for each in (images, training))
+        rows["nearest training image, features"] = training[nearest(*features)]
+    return rows
+
+
+def draw_neighbours(rows, path):
+    """Samples above the training images they are most like, in blocks of `NEIGHBOURS` columns; see `neighbours`."""
+    count = len(rows["sample"])
+    blocks, height = count // NEIGHBOURS, rows["sample"].shape[1] + 2
+    figure, panels = plt.subplots(blocks, 1, figsize=(10, (0.55 * len(rows) + 0.2) * blocks + 0.4), squeeze=False)
+    for block, axes in enumerate(panels[:, 0]):
+        part = slice(block * NEIGHBOURS, (block + 1) * NEIGHBOURS)
+        figures.show_image(axes, figures.tiled(np.concatenate([images[part] for images in rows.values()]), NEIGHBOURS))
+        for number, name in enumerate(rows):
+            axes.text(-6, (number + 0.5) * height, name, ha="right", va="center", fontsize=9)
+    panels[0, 0].set_title(f"The first {count} samples and the training images that are most like them")
     return figures.save(figure, path)
 
 

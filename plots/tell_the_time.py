@@ -41,7 +41,8 @@ def draw_rendered(images, minutes, path):
 def draw_hours(counts, path):
     """Confusion matrix of the hours; `counts` is int (12, 12)."""
     figure, axes = plt.subplots(figsize=(7.6, 7.2))
-    title = f"{100 * counts.trace() / counts.sum():.1f} % of the hours are correct at 150 x 150 pixels; in cells: % of each true hour"
+    title = f"{100 * counts.trace() / counts.sum():.1f} % of the hours are correct at 150 x 150 pixels; "
+    title += "in cells: % of each true hour"
     figures.confusion_matrix(axes, counts, list(range(12)), title, names=("true hour", "predicted hour"))
     return figures.save(figure, path)
 

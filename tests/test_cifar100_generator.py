@@ -812,7 +812,7 @@ def test_every_figure_is_drawn(tmp_path):
     written = plots.draw(compared, splits, *shown, task.draw_noise(200, 0), classifier, tmp_path)
     assert {path.stem for path in written} == {
         *("architecture", "choices", "classes", "curves", "experiments"),
-        *("interpolations", "nearest", "samples", "scale"),
+        *("interpolations", "nearest", "nearest_all", "samples", "scale"),
     }
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
 
