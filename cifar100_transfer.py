@@ -22,6 +22,7 @@ from common import startup  # isort: skip  # noqa: F401  (before Keras is import
 
 import dataclasses
 import hashlib
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -387,7 +388,7 @@ def train_own(config, split, seed, *, folder, resume, validation):
             (area_average(images, min(size, IMAGE_SIZE)), to_categorical(labels, config.classes))
             for images, labels in (split, validation)
         ]
-        part_folder = folder / f"part_{number + 1}"
+        part_folder = folder / f"part_{number + 1}_of_{config.epochs}_epochs"
         callbacks = plateau_callbacks(part_folder) if config.schedule == "plateau" else ()
         keywords = {"seed": seed, "folder": part_folder, "resume": resume, "callbacks": callbacks}
         part_curves, part_seconds = fit(model, optimizer, part_config, *data, **keywords)
@@ -469,6 +470,8 @@ def train_vgg(config, splits, features, seed, *, folder, resume):
 
 def train_one(config, splits, features, seed, *, folder, resume):
     """Trains the network of either kind of config; returns it with its learning curves and seconds."""
+    if not resume:  # `fit` removes the checkpoints of its own part only
+        shutil.rmtree(folder, ignore_errors=True)
     if isinstance(config, VggConfig):
         return train_vgg(config, splits, features, seed, folder=folder, resume=resume)
     split, validation = (select(splits[part], config.classes) for part in ("train", "validation"))
@@ -484,7 +487,7 @@ def select(split, classes):
 
 
 def get_features(arguments):
-    """Returns the `Features` of VGG16, with --quick of the saved base, where there is one: no download is needed."""
+    """Returns the `Features` of the saved base with --load, and with --quick if there is one, else of VGG16."""
     folder = models.models_folder(arguments.output_dir, SCRIPT)
     if arguments.load or (arguments.quick and (folder / f"{BLOCKS_1_TO_4}.keras").is_file()):
         saved = [models.load_model(folder / f"{name}.keras", SCRIPT)[0] for name in (BLOCKS_1_TO_4, "vgg_features")]
@@ -495,11 +498,10 @@ def get_features(arguments):
 
 
 def train(arguments):
-    """Trains the wanted models and saves those of `SAVED`, each measured, the first seed whatever its metrics."""
+    """Trains the selected models, saves those of `SAVED`, the first seed whatever its metrics; returns `Features`."""
     names = [arguments.model] if arguments.model else MODELS
     splits, dataset = load_splits(arguments.data_dir, sample=arguments.sample, quick=arguments.quick)
-    uses_vgg = any(isinstance(CONFIGS[name], VggConfig) for name in names)
-    features = get_features(arguments) if uses_vgg else None
+    features = get_features(arguments) if any(isinstance(CONFIGS[name], VggConfig) for name in names) else None
     runs = {name: [] for name in names}
     for name, seed, folder in results.training_runs(SCRIPT, arguments, names, NUM_SEEDS):
         config = cli.with_flags(CONFIGS[name], arguments)
@@ -517,6 +519,7 @@ def train(arguments):
     def save(network, name, seeds=(), **facts):
         path = arguments.output_dir / "saved_models" / SCRIPT / f"{name}.keras"
         card = models.card(SCRIPT, name, arguments, dataset=about, **facts) | {"seeds": list(seeds)}
+        card["steps"] *= 1 + (name == "vgg_top_block")  # trained on features of mirrored images as well
         models.save_model(network, path, card, 1 if arguments.quick else 9)  # three minutes for all models together
 
     for name in names:
@@ -530,16 +533,17 @@ def train(arguments):
                 facts = {"config": config, "seed": seed, "curves": curves, "seconds": seconds}
                 facts["metrics"] = {part: seeds[number][part] for part in splits}
                 save(network, file_name, [] if number else seeds, **facts)
-    if uses_vgg:
+    if features:
         untrained = {"config": dataclasses.replace(HEAD, epochs=0), "curves": {}, "seconds": 0.0, "metrics": {}}
         save(features.base.blocks_1_to_4, BLOCKS_1_TO_4, seed=arguments.seed, **untrained)
+    return features
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
 def augmented_views(images):
-    """Yields the images, and their mirror images, unmodified and shifted by a pixel along both diagonals."""
+    """Yields the images, and their mirror images, unmodified and shifted by a pixel along a diagonal, both ways."""
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     side = images.shape[1]
     for first in (1, 0, 2):
@@ -588,8 +592,8 @@ def run_experiments(arguments):
             config = dataclasses.replace(VggConfig() if name in plan.VGG else Config(), **changes)
             config = cli.with_flags(config, arguments)
             splits["train"] = Cifar100Images(*(array[: plan.num_images(name)] for array in whole))
-            run = train_one(config, splits, features, seed, folder=folder / "checkpoint", resume=False)
-            network, curves, row["seconds"] = run
+            trained = train_one(config, splits, features, seed, folder=folder / "checkpoint", resume=False)
+            network, curves, row["seconds"] = trained
             measured, probabilities = evaluate(network, config, features, splits["validation"])
             with replacing(folder / f"{name} {seed}.npy") as temporary, open(temporary, "wb") as file:
                 np.save(file, probabilities.astype("float16"))
@@ -597,9 +601,8 @@ def run_experiments(arguments):
             row["parameters"] = models.parameter_counts(network)["trainable"]
             row["train_accuracy"] = curves["accuracy"][-1]
         row |= {f"validation_{metric}": value for metric, value in measured.items() if f"validation_{metric}" in row}
-        results.append_row(
-            table, {key: round(each, 4) if isinstance(each, float) else each for key, each in row.items()}
-        )
+        row = {key: round(each, 4) if isinstance(each, float) else each for key, each in row.items()}
+        results.append_row(table, row)
     return 0
 
 
@@ -637,19 +640,21 @@ def summarise_model(card, measured):
     }
 
 
-def report(arguments):
+def report(arguments, features=None):
     """Restores the saved models, measures them, and writes results and figures; returns the exit code."""
     folder = models.models_folder(arguments.output_dir, SCRIPT)
     splits, dataset = load_splits(arguments.data_dir, sample=arguments.sample, quick=arguments.quick)
     test, part = splits["test"], "sample" if arguments.sample else "test"
-    features, rows, written, cards, measured, probabilities = None, [], [], {}, {}, {}
+    rows, written, cards, measured, probabilities = [], [], {}, {}, {}
     everything = CONFIGS if arguments.quick else SAVED  # with --quick there is one seed of each
-    for name in [arguments.model] if arguments.model else everything:
+    # The card of the best network has the metrics of the ensemble, too.
+    wanted = MEMBERS if arguments.model == BEST else [arguments.model] if arguments.model else everything
+    for name in [name for name in wanted if name in everything]:
         network, cards[name] = models.load_model(folder / f"{name}.keras", SCRIPT)
         if isinstance(SAVED[name], VggConfig):
             features = features or get_features(arguments)
         measured[name], probabilities[name] = evaluate(network, SAVED[name], features, test)
-    if not arguments.model:  # the card of the best network has the metrics of the ensemble, too
+    if BEST in measured:
         members = [name for name in MEMBERS if name in everything]
         probabilities["ensemble"] = np.mean([probabilities[name] for name in members], axis=0)
         measured["ensemble"] = classification_metrics(probabilities["ensemble"], test.labels)
@@ -700,9 +705,7 @@ def draw_figures(plots, summary, cards, probabilities, test, class_names, argume
     order = summary["ensemble"]["members"]
     order = [*order, *(name for name in reversed(MODELS) if name not in order)]
     members = np.stack([probabilities[name] for name in order])
-    of_members, of_ensembles = (
-        (each.argmax(2) == test.labels).mean(1) for each in (members, np.cumsum(members, axis=0))
-    )
+    alone_and_together = [(each.argmax(2) == test.labels).mean(1) for each in (members, np.cumsum(members, axis=0))]
     accuracies = {name: summary["superclass_accuracy"][name] for name in ("vgg_full", BEST)}
     return [
         plots.draw_cost(summary["models"], folder / "cost.png"),
@@ -713,7 +716,7 @@ def draw_figures(plots, summary, cards, probabilities, test, class_names, argume
         plots.draw_pairs(pairs, folder / "confused_pairs.png"),
         plots.draw_mistakes(test.images[mistakes], titles, folder / "mistakes.png"),
         plots.draw_reliability(reliabilities, folder / "calibration.png"),
-        plots.draw_ensemble(order, of_members, of_ensembles, folder / "ensemble.png"),
+        plots.draw_ensemble(order, *alone_and_together, folder / "ensemble.png"),
     ]
 
 
@@ -740,9 +743,7 @@ def main(argv=None):
         return 0 if predict_files(arguments) else 2
     if arguments.experiments:
         return run_experiments(arguments)
-    if arguments.train:
-        train(arguments)
-    return report(arguments)
+    return report(arguments, train(arguments) if arguments.train else None)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Winged horses from CIFAR-10, which contains horses, birds and airplanes, but no winged horse.
 
 Two class-conditional generators are trained on CIFAR-10 alone: a diffusion model and, for comparison, a GAN. The first
-generates winged horses by four methods: conditioned on a mixture of horse and bird (blend); guided towards the bird
-class in a band above the horse's back (composition); from a collage of a horse and a wing, noised and denoised; and
+generates winged horses by four methods: conditioned on a mixture of horse and bird or airplane (blend); guided towards
+one of these two in a band above the back (composition); from a collage of a horse and a wing, noised and denoised; and
 conditioned on extra classes, learned from automatic collages of training images (learned). Two classifiers, trained on
 composites of two images, estimate how much an image shows horse and bird or airplane; judge A ranks candidates, judge B
 is used for reporting only.
@@ -435,7 +435,8 @@ def draw_collage(tools, wings, seed, settings=COLLAGE, real=None, composed=False
         horses = sample(tools.sampler, one_hot(horse), seed, count)
         sources = sample(tools.sampler, one_hot(wings), seed + STRIDE // 2, count)  # from other noise
     else:
-        shuffled = {label: draws.permutation(np.flatnonzero(real.labels == label)) for label in (HORSE, *set(wings))}
+        labels = HORSE, *np.unique(wings)
+        shuffled = {label: draws.permutation(np.flatnonzero(real.labels == label)) for label in labels}
         horses = real.images[np.resize(shuffled[HORSE], 4 * count)]
         sources = real.images[[shuffled[label][number % len(shuffled[label])] for number, label in enumerate(wings)]]
     objects, bodies = find_objects(tools.maps, sources, wings), find_objects(tools.maps, horses, HORSE)
@@ -683,7 +684,7 @@ def report(arguments, measured=None):
         if arguments.record or (arguments.train and not arguments.sample):
             path = models.models_folder(arguments.output_dir, SCRIPT) / f"{FILES[name]}.keras"
             results.record_metrics(path, None if arguments.sample else sums, **values)
-            if not arguments.sample and measured[name][1]:
+            if not (arguments.sample or arguments.quick) and measured[name][1]:
                 write_json(path.with_suffix(".json"), models.read_card(path) | {"best": measured[name][1].best})
     if arguments.train or (arguments.record and not arguments.sample):
         kept = ("epochs", "hardware", "shortened", "seconds", "parameters")

@@ -439,8 +439,8 @@ def report(arguments, evaluation=None):
     classifier = restored["judge"][0]
     measured = {"judge": evaluate_classifier(classifier, images)}
     if "network" in names:
-        network, config, _ = restored["network"]
-        evaluation = evaluation or evaluate(network, config, classifier, images, arguments.seed, **options)
+        network, config, card = restored["network"]
+        evaluation = evaluation or evaluate(network, config, classifier, images, card["seed"], **options)
         measured["network"] = evaluation.metrics
 
     rows, written, part = [], [], "sample" if arguments.sample else "test"
@@ -463,7 +463,7 @@ def report(arguments, evaluation=None):
         if not arguments.sample:
             sampler = build_sampler(models.for_prediction(network), config, DETERMINISTIC_SAMPLING)
         of_network = sampler, config, cards["network"], evaluation
-        written += draw_figures(plots, *of_network, images["train"], arguments.seed, folder)
+        written += draw_figures(plots, *of_network, images["train"], card["seed"], folder)
         written += experiment_figures(arguments)
     return results.conclude(SCRIPT, arguments, rows, written)
 
@@ -568,6 +568,8 @@ def main(argv=None):
     if any(getattr(arguments, name) is not None for name in conditional):
         if not arguments.load:
             raise UserError("conditional sampling needs a trained network; use --load")
+        if arguments.record or arguments.quick or arguments.sample or arguments.model == "judge":
+            raise UserError("--record, --quick, --sample and --model judge are about metrics; leave them out")
         print("wrote", *sample_conditionally(arguments), sep="\n  ")
         return None
     if arguments.experiments:

@@ -42,7 +42,7 @@ def parser(description, models):
     flags.add_argument("--quick", action="store_true", help="a few batches into runs/quick/: proves that it works")
     tracked = "use the images in data/samples/ instead of the full dataset"
     flags.add_argument("--sample", action="store_true", help=tracked)
-    positive, seed = number(int, 1, 100_000), number(int, 0, 2**32 - 1)
+    positive, seed = number(int, 1, 100_000), number(int, 0, 2**31 - 1)
     flags.add_argument("--epochs", type=positive, metavar="N", help="passes over the training images")
     flags.add_argument("--batch-size", type=positive, metavar="N", help="examples per optimisation step")
     flags.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of everything random (default: 0)")
@@ -84,6 +84,9 @@ def parse(flags, argv=None):
     models = arguments.output_dir / "saved_models"
     if arguments.record and not models.is_dir():  # `--load` reads the models of the repository then
         raise UserError(f"--record writes onto the cards in {models}, which is missing; choose another --output-dir")
+    changed = arguments.epochs or arguments.batch_size or getattr(arguments, "model", None)
+    if arguments.experiments and changed and not arguments.quick:
+        raise UserError("--experiments has a plan of its own; leave --epochs, --batch-size and --model out")
     if (arguments.epochs or arguments.batch_size) and arguments.load:
         raise UserError("--epochs and --batch-size are about training runs, but --load never trains; leave them out")
     if arguments.data_dir.exists() and not arguments.data_dir.is_dir():

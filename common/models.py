@@ -36,6 +36,11 @@ def hardware():
 
         if jax.default_backend() != "cpu":
             return jax.devices()[0].device_kind
+    elif keras.backend.backend() == "tensorflow":
+        from tensorflow import config
+
+        for gpu in config.list_physical_devices("GPU"):
+            return config.experimental.get_device_details(gpu).get("device_name", "GPU")
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -85,8 +90,8 @@ def card(script, model, arguments, *, config, seed, dataset, curves, seconds, me
         **environment(),
         "seed": seed,
         "config": dataclasses.asdict(config),
-        "epochs": config.epochs,
-        "steps": count_steps(dataset["train"], config),
+        "epochs": (epochs := max(map(len, curves.values()), default=config.epochs)),  # fewer where a callback stops
+        "steps": count_steps(dataset["train"], dataclasses.replace(config, epochs=epochs)),
         "batch_size": config.batch_size,
         "dataset": dataset,
         "shortened": f"{', '.join(f'--{flag}' for flag in shortened)}: a few images only" if shortened else None,

@@ -52,7 +52,7 @@ def test_data_dir_comes_from_the_environment(monkeypatch, tmp_path):
         (["--train", "--epochs", "1000000000"], "is not a whole number from 1 to"),
         (["--train", "--batch-size", "1" + 5000 * "0"], "is not a whole number from 1 to"),
         (["--train", "--model", "medium"], "invalid choice: 'medium'"),
-        (["--train", "--seed", "-1"], "'-1' is not a whole number from 0 to 4294967295"),
+        (["--train", "--seed", "-1"], "'-1' is not a whole number from 0 to 2147483647"),
         (["--load", "--resume"], "--load never trains"),
         (["--load", "--epochs", "2"], "--load never trains"),
         (["--load", "--batch-size", "2"], "--load never trains"),
