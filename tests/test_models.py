@@ -37,7 +37,7 @@ def make_card(quick=False, sample=False):
         config=Config(),
         seed=7,
         dataset={"name": "noise", "train": 25, "test": 64, "sha256": "0"},
-        curves={"loss": [1.0]},
+        curves={"loss": [1.0, 0.9]},
         seconds=1.23,
         metrics={"test": {"accuracy": 1.0}},
     )
@@ -52,7 +52,8 @@ def saved(tmp_path):
 
 def test_cards_say_what_was_trained_how_long_and_whether_it_was_whole():
     card = make_card()
-    assert card["steps"] == 3 * 3  # the last batch of an epoch is a small one
+    assert card["epochs"] == 2  # instead of three, as something ended it early
+    assert card["steps"] == 2 * 3  # the last batch of an epoch is a small one
     assert (card["script"], card["command"], card["seed"]) == ("script.py", "script.py --train", 7)
     assert card["config"] == {"epochs": 3, "batch_size": 10}
     assert card["shortened"] is None
