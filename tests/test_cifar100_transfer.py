@@ -213,6 +213,16 @@ def test_resumed_run_equals_an_uninterrupted_one(changes, tmp_path, monkeypatch)
     assert all(np.array_equal(*pair) for pair in zip(resumed.get_weights(), network.get_weights(), strict=True))
 
 
+def test_a_new_run_removes_all_parts_of_an_earlier_one(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "train_own", lambda *arguments, **keywords: "trained")
+    stale = tmp_path / "part_2_of_3_epochs" / "checkpoint.keras"
+    stale.parent.mkdir()
+    for resume in (True, False):
+        stale.touch()
+        assert script.train_one(SMALL, splits, None, 0, folder=tmp_path, resume=resume) == "trained"
+        assert stale.exists() == resume
+
+
 def test_last_part_trains_the_last_stage_alone_on_upsampled_images(tmp_path):
     config = dataclasses.replace(SMALL, epochs=1)
     first, _, _ = train(config, tmp_path / "first")
@@ -296,3 +306,13 @@ def test_trained_network_is_restored_with_the_same_metrics(tmp_path):
         "augmented_accuracy",
     ]
     assert all(row["agrees"] for row in rows)
+
+
+def test_one_network_on_vgg16_is_trained_and_measured_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "vgg16_weights", lambda data_dir: None)  # those that Keras starts with
+    flags = ["--quick", "--sample", "--model", "vgg_top_block", "--output-dir", tmp_path]
+    done = run_script(SCRIPT, "tensorflow", "--train", *flags)
+    assert done.returncode == 0, done.stderr
+    card = script.models.read_card(tmp_path / "saved_models" / SCRIPT / "vgg_top_block.keras")
+    assert card["steps"] == 2 * -(-card["dataset"]["train"] // card["batch_size"])  # mirrored images, too
+    assert all(row["agrees"] for row in read_verification(SCRIPT, tmp_path))
