@@ -52,7 +52,7 @@ NUM_SAMPLES = 1000  # that guidance and steps are compared with, against all hel
 GUIDANCE = (1.0, 3.0, 5.0, 8.0, 12.0)
 SAME = 0.01  # least difference of FID that counts; of guidances that differ by less, the weakest is chosen
 MIN_AGREEMENT = 0.25  # least share of samples that our classifier takes for the class asked for
-STEPS = (9, 18)
+STEPS = (9, 18, 36)
 INTERVALS = {"low": 0.2, "high": 3.0}, {"low": 0.0, "high": 100.0}  # of noise levels that guidance is tried at as well
 
 
