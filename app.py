@@ -253,8 +253,10 @@ def generate_toys(category, elevation, count, seed):
         yield None, "Restoring the network ..."
         flags, sampler = f"--category {category} --elevation {elevation} --samples {count} --seed {seed}", toy_sampler()
         command = in_terminal(f"task2_diffusion.py --load {flags}")
-        numbers = task2_diffusion.CATEGORIES.index(category), task2_diffusion.DEGREES.tolist().index(elevation)
-        labels = {name: np.full(count, each) for name, each in zip(("category", "elevation"), numbers, strict=True)}
+        labels = {
+            "category": np.full(count, task2_diffusion.CATEGORIES.index(category)),
+            "elevation": np.full(count, task2_diffusion.DEGREES.tolist().index(elevation)),
+        }
         inputs = diffusion.sampler_inputs(labels, task2_diffusion.IMAGE_SHAPE, seed)
         for step, noisy in enumerate(sampler.states(inputs)):
             images = task2_diffusion.denormalize(noisy, sampler.value_range)

@@ -183,13 +183,8 @@ def main(argv=None):
     measured = read_json(path, "delete it")["scripts"] if arguments.model and path.exists() else {}
     for script in [arguments.model] if arguments.model else SCRIPTS:
         if arguments.devices > 1:
-            write_row(
-                path,
-                measured,
-                f"{script} --devices {arguments.devices}",
-                measure_devices(script, SCRIPTS[script], arguments),
-                conditions(),
-            )
+            found = measure_devices(script, SCRIPTS[script], arguments)
+            write_row(path, measured, f"{script} --devices {arguments.devices}", found, conditions())
             continue
         if SCRIPTS[script]:
             found, about = measure_training(script, SCRIPTS[script], arguments), conditions()

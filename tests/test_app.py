@@ -154,16 +154,11 @@ def run_command(text, folder):
     """Runs the command between backquotes in a text of the page; returns the arrays that it writes."""
     script, *flags = text.split("`")[1].removeprefix("python ").split()
     module = importlib.import_module(script.removesuffix(".py"))
-    module.main([*flags, "--output-dir", str(app_models(folder))])
+    (folder / "saved_models").symlink_to(REPOSITORY / "saved_models")
+    module.main([*flags, "--output-dir", str(folder)])
     (path,) = folder.glob("runs/*/*.npz")
     with np.load(path) as file:
         return dict(file)
-
-
-def app_models(folder):
-    """Returns `folder`, in which there are the saved models now."""
-    (folder / "saved_models").symlink_to(REPOSITORY / "saved_models")
-    return folder
 
 
 def test_winged_horses_are_drawn_as_the_command_does(tmp_path):
